@@ -1,0 +1,5 @@
+"""pairtrace: which preference pairs taught the model this behaviour?"""
+
+from pairtrace.version import __version__
+
+__all__ = ["__version__"]

@@ -1,0 +1,1 @@
+"""The stages: pairs, extraction, behaviours, scoring, ranking, planning."""

@@ -1,0 +1,111 @@
+"""Every error that pairtrace raises for something a caller can get wrong.
+
+    PairtraceError (ValueError)
+    |-- ConfigError                an option or argument is out of range or contradicts another
+    |-- DataError                  the preference data, a prompt file or a rollouts file cannot be used
+    |   |-- DataFormatError        a line, row or column is malformed
+    |   `-- DataMismatchError      two inputs do not belong together (other data, other rows)
+    |-- ModelError                 a checkpoint or tokenizer cannot be used
+    |   |-- UnsupportedModelError  the architecture would come out wrong, so it is refused
+    |   `-- LayerError             the layer is outside the model or not in the file
+    |-- StoreError                 an activation store cannot be used
+    |   |-- StoreMismatchError     the store was made from something else (expected, actual)
+    |   |-- StoreSchemaError       the store has another schema version
+    |   |-- StoreDamagedError      bytes are missing or differ from their checksum
+    |   |-- StoreIncompleteError   rows are still missing
+    |   |-- StoreLockedError       another process is writing
+    |   `-- StoreWriteError        the disk is full or read-only
+    |-- DirectionError             a direction has the wrong width, layer, model or values
+    `-- MissingDependencyError     an optional package is not installed (the message names the command)
+
+All are `ValueError`s, so callers that only know the built-in still catch them.
+"""
+
+from __future__ import annotations
+
+
+class PairtraceError(ValueError):
+    """Base class. The message says what was expected, what was found and what to do."""
+
+
+class ConfigError(PairtraceError):
+    """An option or argument is out of range or contradicts another."""
+
+
+class DataError(PairtraceError):
+    """Input data cannot be used."""
+
+
+class DataFormatError(DataError):
+    """A line, row or column of the input is malformed."""
+
+
+class DataMismatchError(DataError):
+    """Two inputs that must describe the same rows do not."""
+
+
+class ModelError(PairtraceError):
+    """A checkpoint or tokenizer cannot be used."""
+
+
+class UnsupportedModelError(ModelError):
+    """The architecture is refused because its activations would come out wrong."""
+
+
+class LayerError(ModelError):
+    """A layer is outside the model, or absent from a store or direction file."""
+
+
+class StoreError(PairtraceError):
+    """An activation store cannot be used."""
+
+
+class StoreMismatchError(StoreError):
+    """A store was made from something else.
+
+    Attributes:
+        field: the manifest field that differs.
+        expected: the value that the caller needs.
+        actual: the value that the store holds.
+    """
+
+    def __init__(self, field: str, expected: object, actual: object, advice: str) -> None:
+        self.field = field
+        self.expected = expected
+        self.actual = actual
+        super().__init__(f"the store's {field} is {actual!r}, but {expected!r} is needed; {advice}")
+
+
+class StoreSchemaError(StoreError):
+    """The store was written with another schema version."""
+
+
+class StoreDamagedError(StoreError):
+    """Bytes of a shard are missing, truncated, or differ from their checksum."""
+
+
+class StoreIncompleteError(StoreError):
+    """Rows of the store have not been computed yet."""
+
+
+class StoreLockedError(StoreError):
+    """Another process is writing to the store."""
+
+
+class StoreWriteError(StoreError):
+    """A shard could not be written (disk full, read-only, permission)."""
+
+
+class DirectionError(PairtraceError):
+    """A direction has the wrong width, layer, model, or unusable values."""
+
+
+class MissingDependencyError(PairtraceError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        self.package = package
+        super().__init__(
+            f"{purpose} needs the package {package!r}, which is not installed; "
+            f"install it with: pip install 'pairtrace[{extra}]'"
+        )

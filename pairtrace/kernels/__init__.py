@@ -1,0 +1,1 @@
+"""Numerics on plain arrays and tensors: no models, no files, no configuration."""

@@ -1,0 +1,1 @@
+"""The activation store: layout, writer, reader, verification."""
