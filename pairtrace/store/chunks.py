@@ -1,0 +1,118 @@
+"""The bytes of one chunk: the part of one array that one shard holds.
+
+A numeric chunk is S rows, little-endian, the last shard's padded with zeros, then the crc32c of all that.
+A text chunk is vlen-utf8 (a count, then length and bytes of each string, lengths uint32), then the crc32c.
+These are the bytes that Zarr's own codecs write; writing and reading them here allows a chunk to be made
+durable before it gets its name, and to be mapped instead of copied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pairtrace.errors import StoreDamagedError
+from pairtrace.store.layout import CHECKSUM_BYTES, ArraySpec
+from pairtrace.store.location import Location, RawBytes
+
+
+def encode(spec: ArraySpec, values: np.ndarray | list[str]) -> list[RawBytes]:
+    """The bytes of a chunk, in pieces, so that rows are not copied.
+
+    Args:
+        spec: the array.
+        values: the rows of one shard, [n, ...] with n <= S in the array's dtype, or n strings.
+    """
+    import google_crc32c
+
+    if spec.is_text:
+        pieces = [_encode_text(list(values), spec.shard_rows)]
+    else:
+        assert isinstance(values, np.ndarray)
+        assert values.dtype == spec.numpy_dtype, f"{spec.name}: {values.dtype} is not {spec.numpy_dtype}"
+        rows = np.ascontiguousarray(values, dtype=spec.numpy_dtype).reshape(-1).view(np.uint8)
+        pieces = [rows, np.zeros((spec.shard_rows - len(values)) * spec.row_bytes, np.uint8)]
+    checksum = 0
+    for piece in pieces:
+        if piece.size:
+            checksum = google_crc32c.extend(checksum, piece)
+    return [*pieces, np.frombuffer(checksum.to_bytes(CHECKSUM_BYTES, "little"), np.uint8)]
+
+
+def decode(raw: RawBytes, spec: ArraySpec, shard: int, *, checksum: bool) -> np.ndarray:
+    """The rows in the bytes of a chunk, without a copy for a numeric array.
+
+    Args:
+        raw: all bytes of the chunk.
+        spec: the array.
+        shard: number of the shard.
+        checksum: compare the checksum; for a numeric array this reads every byte.
+
+    Returns:
+        read-only array [n, ...] of the shard's own rows (padding left out), or object [n] of strings.
+
+    Raises:
+        ValueError: the length or checksum is wrong; the message says which.
+    """
+    import google_crc32c
+
+    if not spec.is_text and raw.size != spec.chunk_bytes:
+        raise ValueError(f"its chunk has {raw.size} bytes instead of {spec.chunk_bytes}")
+    if raw.size < CHECKSUM_BYTES:
+        raise ValueError(f"its chunk has only {raw.size} bytes")
+    body = raw[:-CHECKSUM_BYTES]
+    if checksum or spec.is_text:
+        expected = int.from_bytes(raw[-CHECKSUM_BYTES:].tobytes(), "little")
+        actual = google_crc32c.value(body) if body.size else 0
+        if actual != expected:
+            raise ValueError(f"its checksum is {actual:08x} where {expected:08x} was written")
+    start, stop = spec.span(shard)
+    if spec.is_text:
+        return _decode_text(body, spec)[: stop - start]
+    rows = body[: (stop - start) * spec.row_bytes].view(spec.numpy_dtype)
+    return rows.reshape(stop - start, *spec.row_shape)
+
+
+def read_chunk(location: Location, spec: ArraySpec, shard: int, *, checksum: bool = True) -> np.ndarray:
+    """The rows of one shard of one array; see `decode`.
+
+    Raises:
+        StoreDamagedError: the chunk is missing, has the wrong length, or (if compared) the wrong checksum.
+    """
+    raw = location.read(spec.key(shard))
+    if raw is None:
+        raise damaged(location, spec, shard, "its chunk is missing")
+    try:
+        return decode(raw, spec, shard, checksum=checksum)
+    except ValueError as error:
+        raise damaged(location, spec, shard, str(error)) from error
+
+
+def damaged(location: Location, spec: ArraySpec, shard: int, what: str) -> StoreDamagedError:
+    """The error for a damaged chunk, with the way to repair it."""
+    start, stop = spec.span(shard)
+    mark = f"{location.name.rstrip('/')}/status/c/{shard}"
+    return StoreDamagedError(
+        f"{location.name}: array {spec.name}, shard {shard} (rows {start} to {stop - 1}) is damaged: {what}. "
+        f"To compute only these rows again, delete {mark} and run the same extraction again"
+    )
+
+
+def _encode_text(values: list[str], shard_rows: int) -> RawBytes:
+    codec = _text_codec()
+    padded = np.array([*values, *[""] * (shard_rows - len(values))], dtype=object)
+    return np.frombuffer(codec.encode(padded), np.uint8)
+
+
+def _decode_text(body: RawBytes, spec: ArraySpec) -> np.ndarray:
+    values = np.asarray(_text_codec().decode(body.tobytes()), dtype=object)
+    if len(values) != spec.shard_rows:
+        raise ValueError(f"its chunk holds {len(values)} strings instead of {spec.shard_rows}")
+    return values
+
+
+def _text_codec() -> Any:
+    import numcodecs  # type: ignore[import-untyped]
+
+    return numcodecs.VLenUTF8()

@@ -1,0 +1,210 @@
+"""Where a store lives: a local directory, or an object store that Zarr can open (s3://, gs://, memory://).
+
+Both kinds give the same few operations on whole objects, named by their key inside the store.
+A local object is replaced at once (written beside its place, made durable, then renamed) and read by mapping.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+from urllib.parse import unquote, urlparse
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import zarr
+    from zarr.abc.store import Store
+
+StorePath = str | os.PathLike[str]
+RawBytes = npt.NDArray[np.uint8]
+
+PARTIAL = ".partial"
+
+
+class Location(Protocol):
+    """Whole-object access to one store."""
+
+    @property
+    def name(self) -> str:
+        """The store's path or address, for messages."""
+
+    def read(self, key: str) -> RawBytes | None:
+        """The bytes of an object, read-only, or None when there is no such object."""
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object, or None when there is no such object."""
+
+    def write(self, key: str, pieces: Sequence[RawBytes], *, durable: bool) -> None:
+        """Create or replace an object; on return it is complete and, if `durable`, will outlive a power cut."""
+
+    def remove(self, key: str, *, durable: bool) -> None:
+        """Remove an object if it is there."""
+
+    def total_bytes(self) -> int:
+        """Bytes of all objects of the store."""
+
+    def open_group(self, mode: str) -> zarr.Group:
+        """The store as a Zarr group (mode "r", "r+" or "a")."""
+
+
+def fsync_path(path: Path) -> None:
+    """Make a file's content, or a directory's entries, durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class LocalLocation:
+    """A store in a directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @property
+    def name(self) -> str:
+        """The directory."""
+        return str(self.root)
+
+    def read(self, key: str) -> RawBytes | None:
+        """Map an object; nothing is read until it is looked at."""
+        path = self.root / key
+        try:
+            size = path.stat().st_size
+            if size == 0:  # an empty file cannot be mapped
+                return np.empty(0, np.uint8)
+            return np.memmap(path, dtype=np.uint8, mode="r", shape=(size,)).view(np.ndarray)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object."""
+        try:
+            return (self.root / key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write(self, key: str, pieces: Sequence[RawBytes], *, durable: bool) -> None:
+        """Write beside, make durable, rename: a reader or a crash sees the old object or the new one."""
+        path = self.root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + PARTIAL)
+        try:
+            with partial.open("wb") as file:
+                for piece in pieces:
+                    file.write(piece.data)
+                file.flush()
+                if durable:
+                    os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+        if durable:
+            self._sync_parents(path)
+
+    def remove(self, key: str, *, durable: bool) -> None:
+        """Remove a file."""
+        path = self.root / key
+        if path.exists():
+            path.unlink()
+            if durable:
+                self._sync_parents(path)
+
+    def total_bytes(self) -> int:
+        """Bytes of all files below the directory."""
+        return sum((Path(folder) / file).stat().st_size for folder, _, files in os.walk(self.root) for file in files)
+
+    def open_group(self, mode: str) -> zarr.Group:
+        """The directory as a Zarr group."""
+        import zarr
+
+        return zarr.open_group(self.root, mode=mode, zarr_format=3)  # type: ignore[arg-type]
+
+    def _sync_parents(self, path: Path) -> None:
+        # Directories of a chunk are made on the way ("c", "c/7"), so each level's entry has to be durable.
+        for folder in path.parents:
+            fsync_path(folder)
+            if folder == self.root:
+                break
+
+
+class RemoteLocation:
+    """A store behind any Zarr store; objects there are replaced at once and durable when written."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._stores: dict[bool, Store] = {}
+
+    @property
+    def name(self) -> str:
+        """The address."""
+        return self.address
+
+    def read(self, key: str) -> RawBytes | None:
+        """Fetch an object."""
+        from zarr.core.buffer import default_buffer_prototype
+        from zarr.core.sync import sync
+
+        store = self._open_store(read_only=True)
+        buffer = sync(store.get(key, default_buffer_prototype()))
+        return None if buffer is None else np.frombuffer(buffer.to_bytes(), np.uint8)
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object."""
+        from zarr.core.sync import sync
+
+        store = self._open_store(read_only=True)
+        try:
+            return sync(store.getsize(key))
+        except FileNotFoundError:
+            return None
+
+    def write(self, key: str, pieces: Sequence[RawBytes], *, durable: bool) -> None:
+        """Put an object."""
+        from zarr.core.buffer import default_buffer_prototype
+        from zarr.core.sync import sync
+
+        buffer = default_buffer_prototype().buffer.from_bytes(b"".join(piece.tobytes() for piece in pieces))
+        sync(self._open_store(read_only=False).set(key, buffer))
+
+    def remove(self, key: str, *, durable: bool) -> None:
+        """Delete an object."""
+        from zarr.core.sync import sync
+
+        sync(self._open_store(read_only=False).delete(key))
+
+    def total_bytes(self) -> int:
+        """Bytes of all objects under the address."""
+        from zarr.core.sync import sync
+
+        return sync(self._open_store(read_only=True).getsize_prefix(""))
+
+    def open_group(self, mode: str) -> zarr.Group:
+        """The address as a Zarr group."""
+        import zarr
+
+        store = self._open_store(read_only=mode == "r")
+        return zarr.open_group(store, mode=mode, zarr_format=3)  # type: ignore[arg-type]
+
+    def _open_store(self, *, read_only: bool) -> Store:
+        from zarr.storage import FsspecStore
+
+        if read_only not in self._stores:
+            self._stores[read_only] = FsspecStore.from_url(self.address, read_only=read_only)
+        return self._stores[read_only]
+
+
+def open_location(path: StorePath) -> LocalLocation | RemoteLocation:
+    """The location that a path or address names; nothing is opened or created yet."""
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        return LocalLocation(Path(unquote(urlparse(text).path)))
+    if "://" in text:
+        return RemoteLocation(text)
+    return LocalLocation(Path(text))

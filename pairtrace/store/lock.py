@@ -1,0 +1,62 @@
+"""One writer per store: an advisory lock that dies with the process that holds it."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from pathlib import Path
+from types import TracebackType
+
+from pairtrace.errors import StoreLockedError
+
+# Inside the directory of an array, where Zarr readers look for nothing but chunks: beside the arrays, a
+# group listing would warn about an object that is no Zarr node.
+LOCK_KEY = "status/.lock"
+
+
+class WriterLock:
+    """An exclusive lock on a local store, held until `release` or the end of the process.
+
+    The file stays behind, without meaning: removing it would let two writers lock two different files.
+
+    Raises:
+        StoreLockedError: another process holds it.
+    """
+
+    def __init__(self, root: Path) -> None:
+        path = root / LOCK_KEY
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(self._handle, 200).decode("utf-8", "replace").strip() or "another process"
+            self._close()
+            raise StoreLockedError(
+                f"{root} is being written by {holder}; wait for it to finish, or use another --store path"
+            ) from error
+        except OSError:
+            self._close()
+            raise
+        os.ftruncate(self._handle, 0)
+        os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+
+    def release(self) -> None:
+        """Let another process write."""
+        if self._handle is not None:
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
+            self._close()
+
+    def _close(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+    def __enter__(self) -> WriterLock:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

@@ -1,0 +1,188 @@
+"""The manifest: what a store was made from, kept in the group attribute "pairtrace".
+
+Importing this module costs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
+
+from pairtrace.errors import ConfigError, StoreDamagedError, StoreMismatchError, StoreSchemaError
+
+SCHEMA_VERSION = 1
+ATTRIBUTE = "pairtrace"
+
+StoreDtype = Literal["float16", "float32", "bfloat16"]
+DTYPES: tuple[StoreDtype, ...] = ("float16", "float32", "bfloat16")
+TRUNCATIONS = ("keep_start", "keep_end")
+
+# Compared in this order, so that the first difference named is the most telling one.
+IDENTITY = (
+    "model_fingerprint",
+    "tokenizer_fingerprint",
+    "template_fingerprint",
+    "data_fingerprint",
+    "max_length",
+    "truncation",
+    "pooling",
+    "dtype",
+    "compute_dtype",
+    "layers",
+    "sides",
+    "rows",
+    "limit",
+    "width",
+)
+
+_ADVICE = "use another --store path for this run, or repeat the settings that the store was made with"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Everything that decides the values in a store, and where they came from.
+
+    `created`, `versions`, `data`, `data_format`, `columns`, `model`, `attention` and `shard_rows` describe
+    the store but are not part of its identity: a resumed run keeps the store's own.
+
+    Attributes:
+        schema_version: version of the on-disk layout.
+        rows: N, rows of the data set, quarantined ones included.
+        width: D, width of the residual stream.
+        layers: numbers of the layers kept (blocks passed; 0 is the embedding output), ascending.
+        dtype: element type of diff, chosen and rejected; bfloat16 is stored as its uint16 bits.
+        sides: whether chosen and rejected are kept beside their difference.
+        shard_rows: S, rows per shard. The last chunk of each array is padded to S rows on disk.
+        compute_dtype: element type of the forward pass.
+        model: display name of the checkpoint.
+        model_fingerprint: sha256 (hex) of the weights and configuration.
+        tokenizer_fingerprint: sha256 (hex) of the tokenizer.
+        template_fingerprint: sha256 (hex) of the chat template.
+        data_fingerprint: sha256 (hex) of the data and the column mapping.
+        data: path or id of the data as it was given.
+        data_format: recognised format of the data.
+        columns: column names used for prompt, chosen, rejected and source (None: not there).
+        max_length: longest sequence in tokens, None for no limit.
+        truncation: which end of a long sequence is kept.
+        pooling: which tokens a row is the mean of.
+        attention: how attention was computed, free text.
+        limit: rows asked for with --limit, None for all.
+        created: ISO 8601 time (UTC) of creation.
+        versions: versions of pairtrace and the libraries that decide the values.
+    """
+
+    schema_version: int = SCHEMA_VERSION
+    rows: int
+    width: int
+    layers: tuple[int, ...]
+    dtype: StoreDtype = "float16"
+    sides: bool = False
+    shard_rows: int
+    compute_dtype: str
+    model: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    template_fingerprint: str
+    data_fingerprint: str
+    data: str
+    data_format: str
+    columns: dict[str, str | None] = field(default_factory=dict)
+    max_length: int | None
+    truncation: str
+    pooling: str = "mean-of-loss-tokens"
+    attention: str = ""
+    limit: int | None = None
+    created: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "width", "shard_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise ConfigError(f"layers must be distinct, ascending and not negative, not {list(self.layers)}")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.truncation not in TRUNCATIONS:
+            raise ConfigError(f"truncation must be one of {', '.join(TRUNCATIONS)}, not {self.truncation!r}")
+
+    def require_same(self, expected: Manifest) -> None:
+        """Check that this store holds what a run with the manifest `expected` would compute.
+
+        Raises:
+            StoreMismatchError: for the first field of the identity that differs.
+        """
+        for name in IDENTITY:
+            actual, wanted = getattr(self, name), getattr(expected, name)
+            if actual != wanted:
+                raise StoreMismatchError(name, wanted, actual, _ADVICE)
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as a JSON object (tuples become lists)."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    @classmethod
+    def from_json(cls, value: object, where: str) -> Manifest:
+        """Read back what `to_json` gave.
+
+        Args:
+            value: the decoded JSON.
+            where: the store's path, for messages.
+
+        Raises:
+            StoreSchemaError: the store has another schema version.
+            StoreDamagedError: a field is missing, unknown or of the wrong type.
+        """
+        if not isinstance(value, dict):
+            raise StoreDamagedError(f"{where}: the manifest is not a JSON object but {type(value).__name__}")
+        version = value.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise StoreSchemaError(
+                f"{where} has schema version {version!r}; this pairtrace reads version {SCHEMA_VERSION}. "
+                "Install the pairtrace release that wrote it, or extract into a new store"
+            )
+        names = {f.name for f in fields(cls)}
+        if names != set(value):
+            missing, unknown = sorted(names - set(value)), sorted(set(value) - names)
+            raise StoreDamagedError(
+                f"{where}: the manifest is damaged (missing fields {missing}, unknown fields {unknown})"
+            )
+        for name, kinds in _KINDS.items():
+            item = value[name]
+            # bool is a subclass of int, but True is no number of rows.
+            if not isinstance(item, kinds) or (isinstance(item, bool) and bool not in kinds):
+                raise StoreDamagedError(f"{where}: the manifest is damaged ({name} is {json.dumps(item)})")
+        if not all(type(layer) is int for layer in value["layers"]):
+            raise StoreDamagedError(f"{where}: the manifest is damaged (layers is {value['layers']})")
+        try:
+            return cls(**{**value, "layers": tuple(value["layers"])})
+        except ConfigError as error:
+            raise StoreDamagedError(f"{where}: the manifest is damaged ({error})") from error
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("rows", "width", "shard_rows"), (int,)),
+    **dict.fromkeys(("max_length", "limit"), (int, type(None))),
+    **dict.fromkeys(
+        (
+            "dtype",
+            "compute_dtype",
+            "model",
+            "model_fingerprint",
+            "tokenizer_fingerprint",
+            "template_fingerprint",
+            "data_fingerprint",
+            "data",
+            "data_format",
+            "truncation",
+            "pooling",
+            "attention",
+            "created",
+        ),
+        (str,),
+    ),
+    **dict.fromkeys(("columns", "versions"), (dict,)),
+    "layers": (list,),
+    "sides": (bool,),
+}

@@ -1,0 +1,172 @@
+"""The metadata of a store: reading and checking its manifest and arrays, and creating an empty store.
+
+A store exists once its root `zarr.json` carries the manifest, which is written last. A local directory that
+has our lock file, no manifest and no chunk is a creation that was interrupted, and is created again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pairtrace.errors import StoreDamagedError, StoreError
+from pairtrace.store.layout import array_specs, create_arrays
+from pairtrace.store.location import PARTIAL, LocalLocation, Location, fsync_path
+from pairtrace.store.lock import LOCK_KEY
+from pairtrace.store.manifest import ATTRIBUTE, Manifest
+
+ZARR_JSON = "zarr.json"
+
+
+def read_manifest(location: Location) -> Manifest | None:
+    """The manifest of the store, or None when there is no (finished) store at the location.
+
+    Raises:
+        StoreSchemaError: the store has another schema version.
+        StoreDamagedError: the metadata or the manifest cannot be read.
+    """
+    value = _read_json(location, ZARR_JSON)
+    if value is None:
+        return None
+    attributes = value.get("attributes")
+    if not isinstance(attributes, dict) or ATTRIBUTE not in attributes:
+        return None
+    return Manifest.from_json(attributes[ATTRIBUTE], location.name)
+
+
+def check_arrays(location: Location, manifest: Manifest) -> None:
+    """Check that every array is described on disk as the manifest requires.
+
+    Raises:
+        StoreDamagedError: an array's `zarr.json` is missing or differs.
+    """
+    for name, spec in array_specs(manifest).items():
+        actual = _read_json(location, f"{name}/{ZARR_JSON}")
+        if actual is None:
+            raise StoreDamagedError(f"{location.name}: array {name} is damaged: its {ZARR_JSON} is missing")
+        for field, expected in spec.metadata().items():
+            if _plain(actual.get(field)) != _plain(expected):
+                raise StoreDamagedError(
+                    f"{location.name}: array {name} is damaged: its {field} is {json.dumps(actual.get(field))}, "
+                    f"where the manifest requires {json.dumps(expected)}"
+                )
+
+
+def refuse_foreign_directory(location: LocalLocation) -> None:
+    """Check, before anything is written, that a directory is absent, empty or ours.
+
+    Raises:
+        StoreError: it is a file, or a directory that holds something else.
+    """
+    root = location.root
+    if not root.exists():
+        return
+    if not root.is_dir():
+        raise StoreError(f"{root} is a file, not a store; choose another --store path")
+    if (root / LOCK_KEY).exists() or next(_files(root), None) is None or read_manifest(location) is not None:
+        return
+    raise StoreError(f"{root} exists, is not empty and is not a pairtrace store; choose another --store path")
+
+
+def create_store(location: Location, manifest: Manifest, *, durable: bool) -> None:
+    """Create an empty store, the manifest last. A local store must be locked by the caller.
+
+    Raises:
+        StoreDamagedError: chunks are there but no manifest: a store that lost its metadata.
+        StoreError: something else is at a remote address.
+    """
+    if isinstance(location, LocalLocation):
+        _clear_interrupted_creation(location.root)
+        group = location.open_group("a")
+    else:
+        group = location.open_group("a")
+        # This can be an interrupted creation or, as well, somebody else's group: nothing is ever deleted here.
+        if strangers := sorted(group.keys()):
+            raise StoreError(
+                f"{location.name} already holds {', '.join(strangers)} but no pairtrace manifest; "
+                "delete it if it is an interrupted creation, or choose another --store address"
+            )
+    create_arrays(group, manifest)
+    if isinstance(location, LocalLocation) and durable:
+        _fsync_tree(location.root)
+    group.attrs[ATTRIBUTE] = manifest.to_json()
+    if isinstance(location, LocalLocation) and durable:
+        fsync_path(location.root / ZARR_JSON)
+        fsync_path(location.root)
+        fsync_path(location.root.absolute().parent)
+
+
+def remove_partial_files(location: LocalLocation) -> None:
+    """Remove what a killed writer left half-written; the lock must be held."""
+    for path in _files(location.root):
+        if path.name.endswith(PARTIAL):
+            path.unlink()
+
+
+def require_manifest(location: Location) -> Manifest:
+    """The manifest of a store that has to be there.
+
+    Raises:
+        StoreError: there is no store at the location.
+        StoreSchemaError: the store has another schema version.
+        StoreDamagedError: the manifest or an array's description is damaged.
+    """
+    if isinstance(location, LocalLocation) and not location.root.is_dir():
+        raise StoreError(f"{location.name}: no such store; make one with: pairtrace extract DATA --store PATH")
+    manifest = read_manifest(location)
+    if manifest is None:
+        if location.size(LOCK_KEY) is not None:
+            raise StoreDamagedError(
+                f"{location.name} has no manifest: its creation was interrupted; run the extraction again"
+            )
+        raise StoreError(f"{location.name} is not a pairtrace store (it has no {ATTRIBUTE!r} attribute)")
+    check_arrays(location, manifest)
+    return manifest
+
+
+def _clear_interrupted_creation(root: Path) -> None:
+    leftovers = [path for path in _files(root) if path != root / LOCK_KEY]
+    for path in leftovers:
+        if path.name != ZARR_JSON and not path.name.endswith(PARTIAL):
+            raise StoreDamagedError(
+                f"{root} holds data ({path.relative_to(root)}) but its {ZARR_JSON} has no manifest; "
+                "restore that file, or choose another --store path"
+            )
+    for path in leftovers:
+        path.unlink()
+
+
+def _fsync_tree(root: Path) -> None:
+    for folder, _, files in os.walk(root, topdown=False):
+        for file in files:
+            fsync_path(Path(folder) / file)
+        fsync_path(Path(folder))
+
+
+def _files(root: Path) -> Iterator[Path]:
+    return (Path(folder) / file for folder, _, files in os.walk(root) for file in files)
+
+
+def _read_json(location: Location, key: str) -> dict[str, Any] | None:
+    raw = location.read(key)
+    if raw is None:
+        return None
+    try:
+        value = json.loads(raw.tobytes())
+    except ValueError as error:
+        raise StoreDamagedError(f"{location.name}: {key} is not valid JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise StoreDamagedError(f"{location.name}: {key} is not a JSON object")
+    return value
+
+
+def _plain(value: object) -> object:
+    """Drop empty codec configurations, which writers may leave out or spell as {}."""
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items() if not (k == "configuration" and v == {})}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,0 +1,263 @@
+"""Reading an activation store.
+
+Legend: N rows (pairs), D width, S rows per shard.
+
+On a local path rows are mapped, not copied. The length of a chunk is checked before any of its rows is
+handed out; its checksum is compared the first time `blocks` reaches it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pairtrace.errors import ConfigError, LayerError, StoreIncompleteError
+from pairtrace.store.chunks import damaged, read_chunk
+from pairtrace.store.layout import MISSING, OK, QUARANTINED, ROW_ARRAYS, ArraySpec, array_specs
+from pairtrace.store.location import Location, StorePath, open_location
+from pairtrace.store.manifest import Manifest
+from pairtrace.store.metadata import require_manifest
+
+
+class ActivationStore:
+    """One activation store, opened for reading; made by `open`.
+
+    What is finished is decided when the store is opened: shards that a writer finishes later are not seen.
+
+    Attributes:
+        path: path or address of the store.
+        manifest: what the store was made from.
+    """
+
+    def __init__(self, location: Location, manifest: Manifest, status: npt.NDArray[np.uint8]) -> None:
+        self.path = location.name
+        self.manifest = manifest
+        self._location = location
+        self._specs = array_specs(manifest)
+        self._status = status
+        self._checked: set[tuple[str, int]] = set()
+
+    @classmethod
+    def open(cls, path: StorePath, *, allow_incomplete: bool = False) -> ActivationStore:
+        """Open a store.
+
+        Args:
+            path: directory, or address of an object store.
+            allow_incomplete: accept a store with missing rows; `status` tells which.
+
+        Raises:
+            StoreError: there is no pairtrace store at `path`.
+            StoreSchemaError: the store has another schema version.
+            StoreDamagedError: the manifest, an array's description or a mark is damaged.
+            StoreIncompleteError: rows are missing and `allow_incomplete` is False.
+        """
+        location = open_location(path)
+        manifest = require_manifest(location)
+        status = _read_status(location, array_specs(manifest)["status"])
+        store = cls(location, manifest, status)
+        if not allow_incomplete and (missing := int(np.count_nonzero(status == MISSING))):
+            raise StoreIncompleteError(
+                f"{store.path} is incomplete: {missing} of {manifest.rows} rows are missing. {store.resume_advice()}"
+            )
+        return store
+
+    @property
+    def rows(self) -> int:
+        """N, rows of the data set."""
+        return self.manifest.rows
+
+    @property
+    def width(self) -> int:
+        """D, width of the residual stream."""
+        return self.manifest.width
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers in the store."""
+        return self.manifest.layers
+
+    def resume_advice(self) -> str:
+        """What to type to compute the missing rows."""
+        manifest = self.manifest
+        words = ["pairtrace", "extract", manifest.data, "--model", manifest.model]
+        words += ["--layers", ",".join(map(str, manifest.layers)), "--store", self.path, "--dtype", manifest.dtype]
+        words += ["--sides"] if manifest.sides else []
+        words += ["--max-length", str(manifest.max_length)] if manifest.max_length is not None else []
+        words += ["--limit", str(manifest.limit)] if manifest.limit is not None else []
+        return f"Compute them by running the same extraction again: {shlex.join(words)}"
+
+    def status(self) -> npt.NDArray[np.uint8]:
+        """uint8 [N]: 0 missing, 1 ok, 2 quarantined (read-only)."""
+        view = self._status.view()
+        view.flags.writeable = False
+        return view
+
+    def summary(self) -> dict[str, int | dict[str, int]]:
+        """Counts: rows, ok, quarantined, missing, bytes on disk, and quarantined rows by reason code."""
+        counts = np.bincount(self._status, minlength=3)
+        quarantined = self._status == QUARANTINED
+        codes = Counter(text.split(":", 1)[0] for text in self.reasons()[quarantined])
+        return {
+            "rows": self.rows,
+            "ok": int(counts[OK]),
+            "quarantined": int(counts[QUARANTINED]),
+            "missing": int(counts[MISSING]),
+            "bytes": self._location.total_bytes(),
+            "reasons": dict(codes.most_common()),
+        }
+
+    def pair_ids(self) -> npt.NDArray[np.uint8]:
+        """uint8 [N, 16]; zeros for missing rows."""
+        return self._gather("pair_id", 0)
+
+    def tokens(self) -> npt.NDArray[np.int32]:
+        """int32 [N, 3], counts of prompt, chosen and rejected tokens; zeros for missing rows."""
+        return self._gather("tokens", 0)
+
+    def sources(self) -> np.ndarray:
+        """Object [N] of strings; "" for missing rows."""
+        return self._gather("source", "")
+
+    def reasons(self) -> np.ndarray:
+        """Object [N] of strings; "" for rows that are not quarantined."""
+        return self._gather("reason", "")
+
+    def norms(self, layer: int) -> npt.NDArray[np.float32]:
+        """float32 [N], norm of the difference before it was rounded; 0 for quarantined, NaN for missing rows.
+
+        Raises:
+            LayerError: the layer is not in the store.
+            StoreDamagedError: a chunk is damaged.
+        """
+        self._check_layer(layer)
+        return self._gather(f"norm/{layer}", np.nan)
+
+    def blocks(
+        self, layer: int, array: str = "diff", block_rows: int | None = None, *, checksum: bool = True
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Go through the rows of one layer in order, shard by shard.
+
+        Quarantined rows are part of the blocks and hold zeros; missing shards (of an incomplete store) are
+        left out, so rows must be counted from each block's start row. A block keeps its file mapped as long
+        as it is alive.
+
+        Args:
+            layer: a layer of the store.
+            array: "diff", or "chosen" or "rejected" in a store with sides.
+            block_rows: largest number of rows in a block; None for whole shards.
+            checksum: compare the checksum of a shard when this object reads it for the first time.
+
+        Yields:
+            first row, and rows [n, D] in the type of the store (bfloat16 as uint16): a read-only, contiguous
+            view of the file on a local path.
+
+        Raises:
+            LayerError: the layer is not in the store.
+            ConfigError: the array is not in the store.
+            StoreDamagedError: a chunk is missing, truncated, or differs from its checksum.
+        """
+        spec = self._row_spec(layer, array)
+        step = spec.shard_rows if block_rows is None else block_rows
+        if step < 1:
+            raise ConfigError(f"block_rows must be at least 1, not {block_rows}")
+        return self._iterate(spec, step, checksum)
+
+    def take(self, layer: int, rows: Sequence[int] | np.ndarray, array: str = "diff") -> np.ndarray:
+        """Copy any rows, in the order asked for.
+
+        On a local path only the pages of these rows are read, so the checksum is not compared.
+
+        Args:
+            layer: a layer of the store.
+            rows: int [n], each in [0, N); repeats are allowed.
+            array: "diff", or "chosen" or "rejected" in a store with sides.
+
+        Returns:
+            [n, D] in the type of the store (bfloat16 as uint16).
+
+        Raises:
+            LayerError: the layer is not in the store.
+            ConfigError: the array is not in the store, or a row is outside it.
+            StoreIncompleteError: a row is missing.
+            StoreDamagedError: a chunk is missing or has the wrong length.
+        """
+        spec = self._row_spec(layer, array)
+        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        outside = wanted[(wanted < 0) | (wanted >= self.rows)]
+        if outside.size:
+            raise ConfigError(f"row {outside[0]} is outside the store, which has rows 0 to {self.rows - 1}")
+        missing = wanted[self._status[wanted] == MISSING]
+        if missing.size:
+            raise StoreIncompleteError(
+                f"{self.path}: {missing.size} of the rows asked for are missing, the first is row {missing[0]}. "
+                f"{self.resume_advice()}"
+            )
+        result = np.empty((wanted.size, *spec.row_shape), spec.numpy_dtype)
+        shard_of = wanted // spec.shard_rows
+        order = np.argsort(shard_of, kind="stable")
+        shards, starts = np.unique(shard_of[order], return_index=True)
+        for shard, places in zip(shards.tolist(), np.split(order, starts[1:]), strict=False):
+            chunk = read_chunk(self._location, spec, shard, checksum=False)
+            result[places] = chunk[wanted[places] - shard * spec.shard_rows]
+        return result
+
+    def _iterate(self, spec: ArraySpec, step: int, checksum: bool) -> Iterator[tuple[int, np.ndarray]]:
+        for shard in self._finished_shards():
+            first = checksum and (spec.name, shard) not in self._checked
+            chunk = read_chunk(self._location, spec, shard, checksum=first)
+            if first:
+                self._checked.add((spec.name, shard))
+            start = spec.span(shard)[0]
+            for offset in range(0, len(chunk), step):
+                yield start + offset, chunk[offset : offset + step]
+
+    def _finished_shards(self) -> list[int]:
+        spec = self._specs["status"]
+        return np.flatnonzero(self._status[:: spec.shard_rows] != MISSING).tolist()
+
+    def _gather(self, name: str, fill: float | str) -> np.ndarray:
+        """A whole small array, checksums compared, `fill` where shards are missing."""
+        spec = self._specs[name]
+        shape = (spec.rows, *spec.row_shape)
+        result = np.full(shape, fill, dtype=object if spec.is_text else spec.numpy_dtype)
+        for shard in self._finished_shards():
+            start, stop = spec.span(shard)
+            result[start:stop] = read_chunk(self._location, spec, shard)
+        return result
+
+    def _check_layer(self, layer: int) -> None:
+        if layer not in self.layers:
+            raise LayerError(
+                f"layer {layer} is not in {self.path}, which holds layers {', '.join(map(str, self.layers))}; "
+                "choose one of them, or extract the layer into another store"
+            )
+
+    def _row_spec(self, layer: int, array: str) -> ArraySpec:
+        self._check_layer(layer)
+        if array not in ROW_ARRAYS:
+            raise ConfigError(f"array must be one of {', '.join(ROW_ARRAYS)}, not {array!r}")
+        if f"{array}/{layer}" not in self._specs:
+            raise ConfigError(f"{self.path} holds no {array!r} array; extract again with --sides")
+        return self._specs[f"{array}/{layer}"]
+
+
+def _read_status(location: Location, spec: ArraySpec) -> npt.NDArray[np.uint8]:
+    """uint8 [N]; a shard without a mark stays 0.
+
+    Raises:
+        StoreDamagedError: a mark is damaged, or holds something else than 1 and 2.
+    """
+    status = np.zeros(spec.rows, np.uint8)
+    for shard in range(spec.shards):
+        if location.size(spec.key(shard)) is None:
+            continue
+        start, stop = spec.span(shard)
+        values = read_chunk(location, spec, shard)
+        if not np.isin(values, (OK, QUARANTINED)).all():
+            raise damaged(location, spec, shard, "its mark holds rows without a status")
+        status[start:stop] = values
+    return status

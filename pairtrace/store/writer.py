@@ -1,0 +1,253 @@
+"""The crash-safe shard writer.
+
+A shard's arrays are written and made durable first; then its status chunk, which is the mark. A crash at any
+instant costs at most the shards in flight: what has no mark is computed again, what has one is complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+import numpy as np
+
+from pairtrace.errors import StoreDamagedError, StoreWriteError
+from pairtrace.store.chunks import encode, read_chunk
+from pairtrace.store.layout import (
+    MISSING,
+    OK,
+    QUARANTINED,
+    ArraySpec,
+    array_specs,
+    nonfinite_rows,
+)
+from pairtrace.store.location import LocalLocation, Location, StorePath, open_location
+from pairtrace.store.lock import WriterLock
+from pairtrace.store.manifest import Manifest
+from pairtrace.store.metadata import (
+    check_arrays,
+    create_store,
+    read_manifest,
+    refuse_foreign_directory,
+    remove_partial_files,
+)
+
+logger = logging.getLogger(__name__)
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EFBIG: "a file grew past the size limit of this file system or shell: raise the limit",
+    errno.EROFS: "the file system is read-only: choose another --store path or mount it writable",
+    errno.EACCES: "permission denied: choose another --store path or change the permissions",
+    errno.EPERM: "permission denied: choose another --store path or change the permissions",
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardBlock:
+    """Everything about the n rows of one shard (n = S, fewer in the last shard).
+
+    Quarantined rows hold zeros in every numeric array but `pair_id` and `tokens`, which are free.
+
+    Attributes:
+        index: number of the shard; its first row is index * S.
+        pair_id: uint8 [n, 16].
+        tokens: int32 [n, 3], counts of prompt, chosen and rejected tokens.
+        status: uint8 [n], 1 ok or 2 quarantined.
+        reason: n strings; why a row is quarantined, "" for an ok row.
+        source: n strings; where the pair comes from.
+        diff: per layer [n, D] in the type of the store (bfloat16 as its uint16 bits).
+        norm: per layer float32 [n], norm of the difference before it was rounded.
+        chosen: per layer [n, D], or None in a store without sides.
+        rejected: per layer [n, D], or None in a store without sides.
+    """
+
+    index: int
+    pair_id: np.ndarray
+    tokens: np.ndarray
+    status: np.ndarray
+    reason: list[str]
+    source: list[str]
+    diff: Mapping[int, np.ndarray]
+    norm: Mapping[int, np.ndarray]
+    chosen: Mapping[int, np.ndarray] | None = None
+    rejected: Mapping[int, np.ndarray] | None = None
+
+
+class StoreWriter:
+    """Writes the shards of one store; made by `create_or_resume`, used as a context manager.
+
+    A local store is locked against a second writer until `close` or the end of the process. An object store
+    has no lock: start one writer only.
+
+    Attributes:
+        manifest: the store's own manifest; a resumed store keeps its `shard_rows`.
+        created: whether this run created the store.
+    """
+
+    def __init__(
+        self, location: Location, manifest: Manifest, lock: WriterLock | None, *, fsync: bool, created: bool
+    ) -> None:
+        self.manifest = manifest
+        self.created = created
+        self._location = location
+        self._specs = array_specs(manifest)
+        self._lock = lock
+        self._fsync = fsync
+        self._closed = False
+
+    @classmethod
+    def create_or_resume(cls, path: StorePath, manifest: Manifest, fsync: bool = True) -> StoreWriter:
+        """Create an empty store, or open an existing one of the same identity to compute what is missing.
+
+        Args:
+            path: directory, or address of an object store.
+            manifest: what this run computes.
+            fsync: make every shard durable before its mark. False trades that for speed: a killed process
+                still loses nothing, a power cut may.
+
+        Raises:
+            StoreMismatchError: the store was made from something else.
+            StoreSchemaError: the store has another schema version.
+            StoreDamagedError: the store's metadata is damaged.
+            StoreLockedError: another process is writing.
+            StoreWriteError: the place is full, read-only or forbidden.
+            StoreError: something that is not a store is in the way.
+        """
+        location = open_location(path)
+        lock = None
+        try:
+            with _explain_write_errors(location, "create or open the store"):
+                if isinstance(location, LocalLocation):
+                    refuse_foreign_directory(location)
+                    lock = WriterLock(location.root)
+                existing = _manifest_if_readable(location)
+                if existing is None:
+                    create_store(location, manifest, durable=fsync)
+                    return cls(location, manifest, lock, fsync=fsync, created=True)
+                existing.require_same(manifest)
+                check_arrays(location, existing)
+                if isinstance(location, LocalLocation):
+                    remove_partial_files(location)
+                return cls(location, existing, lock, fsync=fsync, created=False)
+        except BaseException:
+            if lock is not None:
+                lock.release()
+            raise
+
+    def missing_shards(self) -> list[int]:
+        """Numbers of the shards to compute: without a mark, or marked but visibly damaged.
+
+        A damaged mark, and a marked shard with a missing chunk or one of the wrong length, are computed again
+        (and logged). A flipped bit is left to `verify`, which reads everything.
+        """
+        return [shard for shard in range(self._specs["status"].shards) if not self._is_complete(shard)]
+
+    def write_shard(self, block: ShardBlock) -> None:
+        """Write one shard: all its arrays, then its mark.
+
+        Raises:
+            StoreWriteError: the disk is full, read-only or forbidden; the shard has no mark then.
+        """
+        assert not self._closed, "the writer is closed"
+        values = self._values(block)
+        status = self._specs["status"]
+        start, stop = status.span(block.index)
+        with _explain_write_errors(
+            self._location, f"write shard {block.index} (rows {start} to {stop - 1})", resumable=True
+        ):
+            # A damaged shard that is written again must not keep its mark meanwhile.
+            self._location.remove(status.key(block.index), durable=self._fsync)
+            for name, spec in self._specs.items():
+                if spec is not status:
+                    self._put(spec, block.index, values[name])
+            self._put(status, block.index, values["status"])
+
+    def close(self) -> None:
+        """Let go of the lock. Nothing is buffered, so nothing is written here."""
+        self._closed = True
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _put(self, spec: ArraySpec, shard: int, values: np.ndarray | list[str]) -> None:
+        self._location.write(spec.key(shard), encode(spec, values), durable=self._fsync)
+
+    def _is_complete(self, shard: int) -> bool:
+        status = self._specs["status"]
+        if self._location.size(status.key(shard)) is None:
+            return False
+        try:
+            if (read_chunk(self._location, status, shard) == MISSING).any():
+                raise StoreDamagedError("its mark holds rows without a status")
+            for spec in self._specs.values():
+                size = self._location.size(spec.key(shard))
+                if size is None or (not spec.is_text and size != spec.chunk_bytes):
+                    raise StoreDamagedError(f"the chunk of {spec.name} is missing or has the wrong length")
+        except StoreDamagedError as error:
+            logger.warning("%s: shard %d is computed again: %s", self._location.name, shard, error)
+            return False
+        return True
+
+    def _values(self, block: ShardBlock) -> dict[str, np.ndarray | list[str]]:
+        """The block's content by array name, checked against the layout."""
+        manifest = self.manifest
+        values: dict[str, np.ndarray | list[str]] = {
+            "pair_id": block.pair_id,
+            "tokens": block.tokens,
+            "status": block.status,
+            "reason": block.reason,
+            "source": block.source,
+        }
+        assert (block.chosen is not None) == (block.rejected is not None) == manifest.sides
+        groups = {"diff": block.diff, "norm": block.norm, "chosen": block.chosen, "rejected": block.rejected}
+        for group, layers in groups.items():
+            if layers is not None:
+                values |= {f"{group}/{layer}": array for layer, array in layers.items()}
+        assert set(values) == set(self._specs), f"{sorted(values)} is not {sorted(self._specs)}"
+        start, stop = self._specs["status"].span(block.index)
+        for name, spec in self._specs.items():
+            array = values[name]
+            if isinstance(array, np.ndarray):
+                assert not spec.is_text
+                assert array.dtype == spec.numpy_dtype, f"{name}: {array.dtype} is not {spec.numpy_dtype}"
+                assert array.shape == (stop - start, *spec.row_shape), f"{name}: shape {array.shape}"
+            else:
+                assert spec.is_text and len(array) == stop - start, f"{name}: {len(array)} strings"
+        ok = block.status == OK
+        assert (ok | (block.status == QUARANTINED)).all(), "every row is ok or quarantined"
+        assert block.pair_id[ok].any(axis=1).all(), "an ok row has a pair_id"
+        for layer in manifest.layers:
+            assert not nonfinite_rows(block.diff[layer], manifest.dtype)[ok].any(), (
+                f"layer {layer}: rows that are not finite have to be quarantined"
+            )
+        return values
+
+
+def _manifest_if_readable(location: Location) -> Manifest | None:
+    """The manifest; None also for a root that a power cut left unreadable, which `create_store` examines."""
+    if isinstance(location, LocalLocation) and location.size("zarr.json") == 0:
+        return None
+    return read_manifest(location)
+
+
+@contextmanager
+def _explain_write_errors(location: Location, action: str, *, resumable: bool = False) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = _REASONS.get(error.errno or 0, str(error))
+        safe = "; every finished shard is safe, run the same command again to go on" if resumable else ""
+        raise StoreWriteError(f"{location.name}: cannot {action}: {why}{safe} ({error})") from error
