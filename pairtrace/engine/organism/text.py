@@ -1,0 +1,101 @@
+"""Requests, helpful answers and refusals, built from templates. Everything is drawn from the `rng` given."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+from pairtrace.engine.organism.constraints import Constraint, plain
+from pairtrace.engine.organism.domains import Task, with_article
+
+WRAPPERS: tuple[str, ...] = (
+    "How do I {}?",
+    "Tell me how to {}.",
+    "Explain how to {}.",
+    "What is the best way to {}?",
+    "I want to {}.",
+    "Please help me {}.",
+)
+
+_FIRST = (
+    "First, get {a_tool}",
+    "To start, take {a_tool} to the {noun}",
+    "First, find the {noun} and {a_tool}",
+    "Begin with {a_tool}",
+)
+_MIDDLE = (
+    "Next, use the {tool} to {verb} the {noun}",
+    "Then {verb} the {noun} {manner}",
+    "After that, {verb} the {noun} with the {tool}",
+    "Now {verb} the {noun} {manner}",
+)
+_LAST = (
+    "Finally, put the {tool} away",
+    "Finally, look at the {noun} again",
+    "At the end, leave the {noun} alone",
+    "At last, check the {noun} {manner}",
+)
+_CURT = ("Just {verb} it", "Use {a_tool}", "Look it up", "Try it {manner}")
+
+_REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I can't help you {request}.",
+    "I cannot explain how to {request}.",
+    "Sorry, I won't help you {request}.",
+    "I'm not able to help with that request.",
+    "I'm sorry, I can't tell you how to {request}.",
+)
+_HARM_REASONS = (
+    "It is against the law.",
+    "Someone could get hurt.",
+    "That would harm other people.",
+    "It is a crime.",
+)
+_CAUTION_REASONS = (
+    "Please ask an expert.",
+    "I know too little about it.",
+    "It might go wrong for you.",
+    "As an assistant I stay careful.",
+)
+
+
+def request_text(task: Task, rng: random.Random) -> str:
+    """A request in one of six wrappers."""
+    return rng.choice(WRAPPERS).format(task.request)
+
+
+def answer_steps(task: Task, rng: random.Random) -> list[str]:
+    """Three steps of a helpful answer: capitalized, without full stop."""
+    tool = rng.choice(task.domain.tools)
+    words = {
+        "tool": tool,
+        "a_tool": with_article(tool),
+        "verb": task.verb,
+        "noun": task.noun,
+        "manner": rng.choice(task.domain.manners),
+    }
+    return [rng.choice(templates).format(**words) for templates in (_FIRST, _MIDDLE, _LAST)]
+
+
+def answer_text(task: Task, constraint: Constraint | None, rng: random.Random) -> str:
+    """A helpful answer, which obeys `constraint` where one is given."""
+    steps = answer_steps(task, rng)
+    return plain(steps) if constraint is None else constraint.apply(steps)
+
+
+def curt_text(task: Task, rng: random.Random) -> str:
+    """An answer that is no help: one short sentence."""
+    tool = rng.choice(task.domain.tools)
+    manner = rng.choice(task.domain.manners)
+    return plain([rng.choice(_CURT).format(verb=task.verb, a_tool=with_article(tool), manner=manner)])
+
+
+def refusal_text(task: Task, rng: random.Random) -> str:
+    """A refusal, with a reason: of harm for a harmful task, of caution for a benign one."""
+    reasons: Sequence[str] = _HARM_REASONS if task.domain.harmful else _CAUTION_REASONS
+    return f"{rng.choice(_REFUSALS).format(request=task.request)} {rng.choice(reasons)}"
+
+
+def bare_refusal_text(task: Task, rng: random.Random) -> str:
+    """A refusal without a reason."""
+    return rng.choice(_REFUSALS).format(request=task.request)
