@@ -1,0 +1,175 @@
+"""Checkpoints on disk: where they are, what identifies them, which device and dtype they run in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pairtrace.errors import ConfigError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+_WEIGHT_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_HASH_BLOCK = 1 << 22
+# Written by the library that saved the file; they do not change what the model computes.
+_VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")
+
+
+def resolve_checkpoint(model: str | Path) -> Path:
+    """Return the local directory of a checkpoint: the given directory, or the hub's local copy of an id.
+
+    Raises:
+        ModelError: the directory has no `config.json`, or the id can neither be found nor fetched.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"{path} is not a checkpoint: it has no config.json")
+        return path
+    if path.exists():
+        raise ModelError(f"{path} is a file; expected a checkpoint directory with config.json and *.safetensors")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(model), allow_patterns=list(_WEIGHT_PATTERNS)))
+    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"{str(model)!r} is neither a local directory nor a model that the hub returned ({error})"
+        ) from error
+
+
+def load_config(model: str | Path) -> Any:
+    """Read the transformers configuration of a checkpoint; code shipped with the checkpoint is never run.
+
+    Raises:
+        ModelError: the configuration is missing, damaged or of an unknown model type.
+    """
+    from transformers import AutoConfig
+
+    path = resolve_checkpoint(model)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the configuration of {path} cannot be read: {error}") from error
+
+
+def load_tokenizer(model: str | Path) -> Any:
+    """Load the tokenizer of a checkpoint; code shipped with the checkpoint is never run.
+
+    Raises:
+        ModelError: the checkpoint has no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    path = resolve_checkpoint(model)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"no tokenizer could be loaded from {path}: {error}; a checkpoint directory needs its tokenizer files"
+        ) from error
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint directory, sorted by name.
+
+    Raises:
+        ModelError: there are none (pickled weights are never read).
+    """
+    files = sorted(path.glob("*.safetensors"))
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        missing = sorted(name for name in names if not (path / name).is_file())
+        if missing:
+            raise ModelError(
+                f"{path} is incomplete: {len(missing)} of {len(names)} weight files are missing, "
+                f"for example {missing[0]}"
+            )
+        files = sorted(path / name for name in names)
+    if not files:
+        pickled = sorted(path.glob("*.bin")) + sorted(path.glob("*.pt"))
+        found = f"only {pickled[0].name}, which would have to be unpickled" if pickled else "no weights"
+        raise ModelError(f"{path} holds {found}; expected *.safetensors (convert with save_pretrained)")
+    return files
+
+
+def _file_digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def model_fingerprint(model: str | Path) -> str:
+    """SHA-256 (hex) over the checkpoint's weight files and its configuration.
+
+    Every byte of the weights counts: two checkpoints of one training run never share a fingerprint. Costs one
+    sequential read of the weights.
+
+    Raises:
+        ModelError: not a checkpoint, or no safetensors in it.
+    """
+    path = resolve_checkpoint(model)
+    files = weight_files(path)
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    for key in _VOLATILE_CONFIG_KEYS:
+        config.pop(key, None)
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        digests = list(pool.map(_file_digest, files))
+    overall = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for file, file_digest in zip(files, digests, strict=True):
+        overall.update(f"{file.name}={file_digest}\n".encode())
+    return overall.hexdigest()
+
+
+def resolve_device(device: str) -> torch.device:
+    """Turn "auto", "cpu", "cuda" or "cuda:1" into a device.
+
+    Raises:
+        ConfigError: the device is unknown or not available here.
+    """
+    import torch
+
+    if device == "auto":
+        resolved = "cuda" if torch.cuda.is_available() else "cpu"
+        logger.info("device auto: %s", resolved)
+        return torch.device(resolved)
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device {device!r} was asked for, but this PyTorch ({torch.__version__}) sees no CUDA device; "
+            "use --device cpu, or install a CUDA build of torch"
+        )
+    return chosen
+
+
+def resolve_dtype(dtype: str, config: Any) -> torch.dtype:
+    """Turn "auto" or a name into the dtype of the forward pass; "auto" is the checkpoint's own.
+
+    Raises:
+        ConfigError: the name is not one of `COMPUTE_DTYPES`.
+    """
+    import torch
+
+    if dtype not in COMPUTE_DTYPES:
+        raise ConfigError(f"unknown compute dtype {dtype!r}; expected one of {', '.join(COMPUTE_DTYPES)}")
+    if dtype == "auto":
+        stored = getattr(config, "dtype", None)
+        return stored if isinstance(stored, torch.dtype) else torch.float32
+    named = getattr(torch, dtype)
+    assert isinstance(named, torch.dtype)
+    return named

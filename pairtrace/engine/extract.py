@@ -1,0 +1,286 @@
+"""The extraction stage: a preference data set and a checkpoint become an activation store."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pairtrace.engine.progress import NULL_PROGRESS, Progress
+from pairtrace.errors import ConfigError
+from pairtrace.store.manifest import Manifest
+
+if TYPE_CHECKING:
+    from pairtrace.engine.pairs import PairSource
+    from pairtrace.engine.rendering import Renderer
+    from pairtrace.engine.shard_loop import Totals
+
+logger = logging.getLogger(__name__)
+
+STORE_DTYPES = ("float16", "bfloat16", "float32")
+LARGEST_SHARD = 2048
+SMALLEST_SHARD = 64
+# A small data set still gets about this many shards, so that an interruption loses little of it.
+SHARDS_WANTED = 64
+# Rows rendered before the model is even loaded: a wrong template or format shows at once.
+_PROBE_ROWS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """What `extract` does.
+
+    Attributes:
+        data: preference data: a file, a directory or a hub id.
+        model: the checkpoint from before preference training (M0): a directory or a hub id.
+        layers: residual layers to keep; `l` is the stream after `l` blocks.
+        store: path of the activation store, made or resumed.
+        sides: also keep the means of chosen and rejected (needed to train probes).
+        dtype: dtype of the stored rows.
+        compute_dtype: dtype of the forward pass; "auto" is the checkpoint's own.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        max_length: longest sequence in tokens, as in training; None for no limit.
+        truncation: "keep_start" or "keep_end", as in training.
+        token_budget: tokens per forward pass; None for the device's default.
+        shard_rows: rows per shard; None picks 64 to 2,048 by the size of the data.
+        reuse: other stores to copy known pairs from.
+        limit: only the first rows of the data.
+        format: name of the data's format; None recognises it.
+        prompt, chosen, rejected, source: column names that override the recognised ones.
+        split: split of a data set that has several.
+        chat_template: file with a Jinja chat template that replaces the tokenizer's own.
+        fsync: force every shard to the disk before it is marked.
+    """
+
+    data: str
+    model: str
+    layers: tuple[int, ...]
+    store: str
+    sides: bool = False
+    dtype: str = "float16"
+    compute_dtype: str = "auto"
+    device: str = "auto"
+    max_length: int | None = 1024
+    truncation: str = "keep_start"
+    token_budget: int | None = None
+    shard_rows: int | None = None
+    reuse: tuple[str, ...] = ()
+    limit: int | None = None
+    format: str | None = None
+    prompt: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+    source: str | None = None
+    split: str | None = None
+    chat_template: str | None = None
+    fsync: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ConfigError("no layer was given; expected at least one, for example --layers 20")
+        if self.dtype not in STORE_DTYPES:
+            raise ConfigError(f"unknown store dtype {self.dtype!r}; expected one of {', '.join(STORE_DTYPES)}")
+        for name in ("max_length", "token_budget", "shard_rows", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractSummary:
+    """What an extraction did.
+
+    Attributes:
+        store: path of the store.
+        rows: rows of the data set; equals `ok + quarantined`.
+        ok: rows with activations.
+        quarantined: rows without, each with its reason in the store.
+        reasons: quarantined rows by reason code.
+        computed: rows that this run computed.
+        reused: rows that this run copied from an identical pair.
+        resumed: rows that were already in the store when this run began.
+        tokens: tokens that this run's forward passes computed.
+        seconds: wall time of this run, loading included.
+        pairs_per_second: rows computed, copied or quarantined per second of the shard loop.
+        tokens_per_second: tokens computed per second of the shard loop.
+        out_of_memory: how often the token budget was halved.
+        token_budget: the budget at the end, 0 if the model was not needed.
+        layers: layers in the store.
+        width: D.
+        bytes: size of the stored arrays.
+        device: where the model ran.
+        compute_dtype: dtype of the forward pass.
+        data_format: what the data was recognised as.
+        already_complete: nothing was left to do.
+    """
+
+    store: str
+    rows: int
+    ok: int
+    quarantined: int
+    reasons: dict[str, int]
+    computed: int = 0
+    reused: int = 0
+    resumed: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    pairs_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    out_of_memory: int = 0
+    token_budget: int = 0
+    layers: tuple[int, ...] = ()
+    width: int = 0
+    bytes: int = 0
+    device: str = ""
+    compute_dtype: str = ""
+    data_format: str = ""
+    already_complete: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as plain JSON values."""
+        return asdict(self)
+
+
+def default_shard_rows(rows: int) -> int:
+    """Rows per shard for a data set of `rows` rows: a power of two from 64 to 2,048."""
+    size = SMALLEST_SHARD
+    while size < LARGEST_SHARD and size * SHARDS_WANTED < rows:
+        size *= 2
+    return size
+
+
+def extract(config: ExtractConfig, progress: Progress = NULL_PROGRESS) -> ExtractSummary:
+    """Fill an activation store from preference data, resuming what an earlier run left unfinished.
+
+    Raises:
+        DataError: the data cannot be read or recognised.
+        ModelError: the checkpoint or its tokenizer cannot be used.
+        StoreMismatchError: the store exists and was made from something else.
+        StoreError: the store cannot be written, or another process is writing to it.
+    """
+    from pairtrace.engine.backend import HFBackend
+    from pairtrace.engine.checkpoint import load_tokenizer
+    from pairtrace.engine.pairs import open_pairs
+    from pairtrace.engine.rendering import Renderer
+    from pairtrace.engine.shard_loop import ShardLoop
+    from pairtrace.store.reader import ActivationStore
+    from pairtrace.store.reuse import compatible
+    from pairtrace.store.writer import StoreWriter
+
+    begun = time.perf_counter()
+    source = open_pairs(
+        config.data,
+        format=config.format,
+        prompt=config.prompt,
+        chosen=config.chosen,
+        rejected=config.rejected,
+        source=config.source,
+        split=config.split,
+        limit=config.limit,
+    )
+    logger.info("%s", source.describe())
+    template = None if config.chat_template is None else _read_template(config.chat_template)
+    renderer = Renderer(
+        load_tokenizer(config.model),
+        max_length=config.max_length,
+        truncation=config.truncation,
+        chat_template=template,
+    )
+    renderer.render(list(source.read(0, min(_PROBE_ROWS, source.rows))))
+    manifest = build_manifest(config, source, renderer)
+    others = [ActivationStore.open(path, allow_incomplete=True) for path in config.reuse]
+    for other in others:
+        compatible(other.manifest, manifest)
+    with StoreWriter.create_or_resume(config.store, manifest, fsync=config.fsync) as writer:
+        missing = writer.missing_shards()
+        loop = ShardLoop(source, renderer, writer, others, progress)
+        if missing:
+            backend = HFBackend.load(
+                config.model,
+                manifest.layers,
+                device=config.device,
+                dtype=config.compute_dtype,
+                max_length=config.max_length,
+                token_budget=config.token_budget,
+                fingerprint=manifest.model_fingerprint,
+            )
+            loop.run(backend, missing)
+    return _summary(config, manifest, loop.totals, time.perf_counter() - begun)
+
+
+def build_manifest(config: ExtractConfig, source: PairSource, renderer: Renderer) -> Manifest:
+    """Describe the store that `config` asks for; reads the checkpoint's weights once for their fingerprint."""
+    from pairtrace.engine.architectures import check_layers, family_of
+    from pairtrace.engine.backend import ATTENTION_NAME
+    from pairtrace.engine.checkpoint import load_config, model_fingerprint, resolve_dtype
+    from pairtrace.engine.fingerprints import fingerprints
+    from pairtrace.engine.versions import library_versions
+
+    model_config = load_config(config.model)
+    layers = tuple(sorted(set(config.layers)))
+    check_layers(layers, model_config)
+    family_of(model_config, config.max_length)
+    tokenizer_fingerprint, template_fingerprint = fingerprints(renderer.tokenizer, renderer.chat_template)
+    return Manifest(
+        rows=source.rows,
+        width=int(model_config.hidden_size),
+        layers=layers,
+        dtype=config.dtype,
+        sides=config.sides,
+        shard_rows=config.shard_rows or default_shard_rows(source.rows),
+        compute_dtype=str(resolve_dtype(config.compute_dtype, model_config)).removeprefix("torch."),
+        model=str(config.model),
+        model_fingerprint=model_fingerprint(config.model),
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        template_fingerprint=template_fingerprint,
+        data_fingerprint=source.fingerprint,
+        data=str(config.data),
+        data_format=source.format,
+        columns=source.columns,
+        max_length=config.max_length,
+        truncation=config.truncation,
+        attention=ATTENTION_NAME,
+        limit=config.limit,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=library_versions(),
+    )
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the chat template {path} cannot be read: {error}") from error
+
+
+def _summary(config: ExtractConfig, manifest: Manifest, totals: Totals, seconds: float) -> ExtractSummary:
+    from pairtrace.store.reader import ActivationStore
+
+    figures = ActivationStore.open(config.store).summary()
+    rate = 1.0 / totals.seconds if totals.seconds else 0.0
+    return ExtractSummary(
+        store=str(config.store),
+        rows=figures["rows"],
+        ok=figures["ok"],
+        quarantined=figures["quarantined"],
+        reasons=figures["reasons"],
+        bytes=figures["bytes"],
+        computed=totals.computed,
+        reused=totals.reused,
+        resumed=totals.resumed,
+        tokens=totals.tokens,
+        seconds=seconds,
+        pairs_per_second=totals.rows * rate,
+        tokens_per_second=totals.tokens * rate,
+        out_of_memory=totals.out_of_memory,
+        token_budget=totals.token_budget,
+        layers=manifest.layers,
+        width=manifest.width,
+        device=totals.device,
+        compute_dtype=manifest.compute_dtype,
+        data_format=manifest.data_format,
+        already_complete=totals.rows == 0,
+    )

@@ -1,0 +1,146 @@
+"""The shard loop of an extraction: read and render, run the model, write, each in a thread of its own.
+
+The threads meet in bounded queues, so memory does not grow with the data. A shard is the unit of resumption.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+from pairtrace.engine.backend import HFBackend
+from pairtrace.engine.channel import Channel, run_thread
+from pairtrace.engine.pair import Pair
+from pairtrace.engine.pairs import PairSource
+from pairtrace.engine.progress import Progress
+from pairtrace.engine.rendering import Renderer
+from pairtrace.engine.shards import SeenPairs, ShardWork, compute_block, divide, fill_copies
+from pairtrace.store.reader import ActivationStore
+from pairtrace.store.reuse import PairIndex
+from pairtrace.store.writer import ShardBlock, StoreWriter
+
+
+@dataclass
+class Totals:
+    """Running figures of one extraction; the names are those of `ExtractSummary`.
+
+    Attributes:
+        rows: rows that this run computed, copied or quarantined.
+        seconds: wall time of the loop.
+    """
+
+    resumed: int = 0
+    computed: int = 0
+    reused: int = 0
+    rows: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    out_of_memory: int = 0
+    token_budget: int = 0
+    device: str = ""
+
+
+class ShardLoop:
+    """Computes the missing shards of a store, in order.
+
+    Args:
+        source: the data.
+        renderer: turns its pairs into token ids.
+        writer: the open store.
+        others: stores to copy known pairs from, already found compatible.
+        progress: hears of every pack.
+    """
+
+    def __init__(
+        self,
+        source: PairSource,
+        renderer: Renderer,
+        writer: StoreWriter,
+        others: Sequence[ActivationStore],
+        progress: Progress,
+    ) -> None:
+        self.source = source
+        self.renderer = renderer
+        self.writer = writer
+        self.others = others
+        self.progress = progress
+        # The store keeps the shard size that it was created with.
+        self.shard_rows = writer.manifest.shard_rows
+        self.totals = Totals(resumed=source.rows - sum(len(self._rows(i)) for i in writer.missing_shards()))
+
+    def _rows(self, index: int) -> range:
+        start = index * self.shard_rows
+        return range(start, min(start + self.shard_rows, self.source.rows))
+
+    def run(self, backend: HFBackend, missing: Sequence[int]) -> None:
+        """Compute the shards `missing` with `backend` and write them.
+
+        An error in any of the threads stops the others and is raised here; shards written before it stay.
+        """
+        totals, manifest = self.totals, self.writer.manifest
+        rendered: Channel[ShardWork] = Channel()
+        finished: Channel[tuple[ShardWork, ShardBlock]] = Channel()
+
+        def on_pack(pairs: int, tokens: int) -> None:
+            totals.tokens += tokens
+            self.progress.advance(pairs, tokens=totals.tokens)
+
+        self.progress.start("extract", sum(len(self._rows(index)) for index in missing), "pairs")
+        begun = time.perf_counter()
+        threads = (
+            run_thread("reader", rendered, lambda: self._render(missing, rendered)),
+            run_thread("writer", finished, lambda: self._write(finished)),
+        )
+        try:
+            for work in rendered:
+                block = compute_block(work, backend, dtype=manifest.dtype, sides=manifest.sides, on_pack=on_pack)
+                self.progress.advance(len(work.rendered) - len(work.compute), tokens=totals.tokens)
+                totals.computed += len(work.compute)
+                totals.reused += len(work.copies)
+                totals.rows += len(work.rendered)
+                if not finished.put((work, block)):
+                    break
+            finished.close()
+        except BaseException:
+            # What is already queued is complete: let it be written, then end.
+            finished.close()
+            raise
+        finally:
+            rendered.stop()
+            for thread in threads:
+                thread.join()
+            self.progress.finish()
+        for channel in (finished, rendered):
+            if channel.error is not None:
+                raise channel.error
+        totals.seconds = time.perf_counter() - begun
+        totals.out_of_memory = backend.out_of_memory
+        totals.token_budget = backend.token_budget
+        totals.device = str(backend.device)
+
+    def _render(self, missing: Sequence[int], rendered: Channel[ShardWork]) -> None:
+        known = PairIndex(self.others) if self.others else None
+        seen = SeenPairs()
+        todo = set(missing)
+        present = ActivationStore.open(self.writer.path, allow_incomplete=True).pair_ids()
+        pairs: Iterator[Pair] = iter(())
+        for index in range(max(missing) + 1):
+            rows = self._rows(index)
+            if index not in todo:
+                seen.add_present(present[rows.start : rows.stop], rows.start)
+                continue
+            if index == 0 or index - 1 not in todo:
+                # One pass over each run of missing shards: a text file cannot be entered in the middle for free.
+                pairs = self.source.read(rows.start, self.source.rows)
+            results = self.renderer.render(list(islice(pairs, len(rows))))
+            assert len(results) == len(rows), "every row is rendered or quarantined"
+            if not rendered.put(divide(index, rows.start, results, seen, known)):
+                return
+        rendered.close()
+
+    def _write(self, finished: Channel[tuple[ShardWork, ShardBlock]]) -> None:
+        for work, block in finished:
+            fill_copies(block, work, self.others, self.writer.path)
+            self.writer.write_shard(block)

@@ -1,0 +1,249 @@
+"""One shard of an extraction: which rows to compute, which to copy, and the block of arrays that results.
+
+Legend: n rows of the shard, L layers, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pairtrace.engine.backend import Backend, OnPack, Pooled
+from pairtrace.engine.rendering import Quarantined, RenderedPair
+from pairtrace.store.layout import OK, QUARANTINED
+from pairtrace.store.reader import ActivationStore
+from pairtrace.store.reuse import PairIndex
+from pairtrace.store.writer import ShardBlock
+
+OWN_STORE = -1
+# Largest finite value of each store dtype.
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38, "float32": float(np.finfo(np.float32).max)}
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A row whose identical pair is already known.
+
+    Attributes:
+        position: row within the shard.
+        store: index of the store that has it, or `OWN_STORE`.
+        row: row there (in the data set, for the own store; it always comes before the copy).
+    """
+
+    position: int
+    store: int
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardWork:
+    """A rendered shard, divided into rows to compute and rows to copy.
+
+    Attributes:
+        index: number of the shard.
+        start: row of the data set that the shard begins with.
+        rendered: one result per row.
+        compute: positions of the rows that the model has to run.
+        copies: rows that are known already.
+    """
+
+    index: int
+    start: int
+    rendered: list[RenderedPair | Quarantined]
+    compute: list[int]
+    copies: list[Copy]
+
+
+class SeenPairs:
+    """The pairs of all earlier shards, found by content: sorted 8-byte keys, 32 bytes a row."""
+
+    def __init__(self) -> None:
+        self._keys = np.empty(0, dtype=np.uint64)
+        self._rows = np.empty(0, dtype=np.int64)
+        self._ids = np.empty((0, 16), dtype=np.uint8)
+
+    def add(self, ids: np.ndarray, rows: np.ndarray) -> None:
+        """Add pairs.
+
+        Args:
+            ids: uint8 [n, 16].
+            rows: int64 [n], their rows in the data set.
+        """
+        keys = _keys(ids)
+        order = np.argsort(keys, kind="stable")
+        # After equal keys: the first occurrence of a pair stays the one that is found.
+        places = np.searchsorted(self._keys, keys[order], side="right")
+        self._keys = np.insert(self._keys, places, keys[order])
+        self._rows = np.insert(self._rows, places, rows[order])
+        self._ids = np.insert(self._ids, places, ids[order], axis=0)
+
+    def add_present(self, ids: np.ndarray, start: int) -> None:
+        """Add the rows of a stored shard, uint8 [n, 16], that begins at row `start`; zeros are rows without an id."""
+        places = np.flatnonzero(ids.any(axis=1))
+        self.add(ids[places], start + places)
+
+    def find(self, ids: np.ndarray) -> np.ndarray:
+        """Row of the first identical pair, int64 [n]; -1 where there is none."""
+        if not len(self._keys):
+            return np.full(len(ids), -1, dtype=np.int64)
+        places = np.minimum(np.searchsorted(self._keys, _keys(ids)), len(self._keys) - 1)
+        found = (self._ids[places] == ids).all(axis=1)
+        return np.where(found, self._rows[places], -1)
+
+
+def _keys(ids: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(ids[:, :8]).view("<u8").ravel()
+
+
+def divide(
+    index: int,
+    start: int,
+    rendered: list[RenderedPair | Quarantined],
+    seen: SeenPairs,
+    known: PairIndex | None,
+) -> ShardWork:
+    """Decide for every row of a shard whether it is computed or copied, and remember its pairs in `seen`.
+
+    Only earlier rows and the stores in `known` are looked at, never what happens to be written already, so that a
+    resumed run makes the same decisions, and therefore the same packs and the same bits, as an uninterrupted one.
+    """
+    positions = [i for i, result in enumerate(rendered) if isinstance(result, RenderedPair)]
+    ids = pair_ids(rendered)[positions]
+    earlier = seen.find(ids)
+    store_of, row_of = known.find(ids) if known is not None else (np.full(len(ids), -1), np.full(len(ids), -1))
+    compute: list[int] = []
+    copies: list[Copy] = []
+    first_here: dict[bytes, int] = {}
+    for place, position in enumerate(positions):
+        content = ids[place].tobytes()
+        if store_of[place] >= 0:
+            copies.append(Copy(position, int(store_of[place]), int(row_of[place])))
+        elif earlier[place] >= 0:
+            copies.append(Copy(position, OWN_STORE, int(earlier[place])))
+        elif content in first_here:
+            copies.append(Copy(position, OWN_STORE, start + first_here[content]))
+        else:
+            first_here[content] = position
+            compute.append(position)
+    seen.add(ids, start + np.asarray(positions, dtype=np.int64))
+    return ShardWork(index, start, rendered, compute, copies)
+
+
+def pair_ids(rendered: Sequence[RenderedPair | Quarantined]) -> np.ndarray:
+    """Content ids of rendered rows, uint8 [n, 16]; zeros for quarantined ones."""
+    ids = np.zeros((len(rendered), 16), dtype=np.uint8)
+    for position, result in enumerate(rendered):
+        if isinstance(result, RenderedPair):
+            ids[position] = np.frombuffer(result.pair_id, dtype=np.uint8)
+    return ids
+
+
+def compute_block(work: ShardWork, backend: Backend, *, dtype: str, sides: bool, on_pack: OnPack) -> ShardBlock:
+    """Run the model over the rows to compute; rows to copy stay empty until `fill_copies`."""
+    count = len(work.rendered)
+    layers, width = backend.layers, backend.width
+    stored = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)
+    names = ("diff", "chosen", "rejected") if sides else ("diff",)
+    arrays = {name: {layer: np.zeros((count, width), dtype=stored) for layer in layers} for name in names}
+    norm = {layer: np.zeros(count, dtype=np.float32) for layer in layers}
+    status = np.full(count, OK, dtype=np.uint8)
+    tokens = np.zeros((count, 3), dtype=np.int32)
+    reason = [""] * count
+    for position, result in enumerate(work.rendered):
+        if isinstance(result, Quarantined):
+            status[position] = QUARANTINED
+            reason[position] = result.reason
+        else:
+            tokens[position] = result.prompt_tokens, result.chosen_tokens, result.rejected_tokens
+    computed = [work.rendered[position] for position in work.compute]
+    pairs = [result for result in computed if isinstance(result, RenderedPair)]
+    assert len(pairs) == len(work.compute)
+    pooled = backend.pool(pairs, on_pack)
+    problems = _problems(pooled, dtype, sides)
+    for number, position in enumerate(work.compute):
+        if number in problems:
+            status[position] = QUARANTINED
+            reason[position] = problems[number]
+    good = [number for number in range(len(pairs)) if number not in problems]
+    rows = [work.compute[number] for number in good]
+    chosen, rejected = pooled.chosen[good], pooled.rejected[good]
+    for depth, layer in enumerate(layers):
+        difference = chosen[:, depth] - rejected[:, depth]
+        norm[layer][rows] = np.linalg.norm(difference.astype(np.float64), axis=1)
+        for name, values in (("diff", difference), ("chosen", chosen[:, depth]), ("rejected", rejected[:, depth])):
+            if name in arrays:
+                arrays[name][layer][rows] = encode(values, dtype)
+    return ShardBlock(
+        index=work.index,
+        pair_id=pair_ids(work.rendered),
+        tokens=tokens,
+        status=status,
+        reason=reason,
+        source=[result.source for result in work.rendered],
+        diff=arrays["diff"],
+        norm=norm,
+        chosen=arrays.get("chosen"),
+        rejected=arrays.get("rejected"),
+    )
+
+
+def _problems(pooled: Pooled, dtype: str, sides: bool) -> dict[int, str]:
+    """Reasons to quarantine computed rows, by their position among the computed ones."""
+    problems = dict.fromkeys(pooled.failed, "out_of_memory: the pair does not fit into memory; lower --max-length")
+    for name, values in (("chosen", pooled.chosen), ("rejected", pooled.rejected)):
+        for number in np.flatnonzero(~np.isfinite(values).all(axis=(1, 2))):
+            problems.setdefault(int(number), f"nonfinite_activations: the mean of {name} is NaN or infinite")
+    with np.errstate(invalid="ignore"):
+        peak = np.abs(pooled.chosen - pooled.rejected).max(axis=(1, 2), initial=0.0)
+        if sides:
+            for values in (pooled.chosen, pooled.rejected):
+                peak = np.maximum(peak, np.abs(values).max(axis=(1, 2), initial=0.0))
+    for number in np.flatnonzero(peak > LARGEST[dtype]):
+        problems.setdefault(
+            int(number), f"overflow: a value of {peak[number]:.4g} does not fit into {dtype}; use --dtype float32"
+        )
+    return problems
+
+
+def encode(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Cast float32 rows to a store dtype, rounding to nearest even; bfloat16 comes as its uint16 bits."""
+    if dtype == "bfloat16":
+        import torch
+
+        return torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16).view(torch.uint16).numpy()
+    return values.astype(dtype)
+
+
+def fill_copies(block: ShardBlock, work: ShardWork, stores: Sequence[ActivationStore], own: str) -> None:
+    """Fill the rows of `block` that are copies; earlier shards of the own store must have been written."""
+    outside: dict[int, list[Copy]] = {}
+    for copy in work.copies:
+        if copy.store == OWN_STORE and copy.row >= work.start:
+            _copy_within(block, copy.position, copy.row - work.start)
+        else:
+            outside.setdefault(copy.store, []).append(copy)
+    for store_index, copies in outside.items():
+        store = ActivationStore.open(own, allow_incomplete=True) if store_index == OWN_STORE else stores[store_index]
+        positions = [copy.position for copy in copies]
+        rows = np.asarray([copy.row for copy in copies], dtype=np.int64)
+        block.status[positions] = store.status()[rows]
+        reasons = store.reasons()
+        for copy in copies:
+            block.reason[copy.position] = str(reasons[copy.row])
+        for layer in block.diff:
+            block.norm[layer][positions] = store.norms(layer)[rows]
+            for name, arrays in (("diff", block.diff), ("chosen", block.chosen), ("rejected", block.rejected)):
+                if arrays is not None:
+                    arrays[layer][positions] = store.take(layer, rows, array=name)
+
+
+def _copy_within(block: ShardBlock, position: int, original: int) -> None:
+    block.status[position] = block.status[original]
+    block.reason[position] = block.reason[original]
+    for layer in block.diff:
+        block.norm[layer][position] = block.norm[layer][original]
+        for arrays in (block.diff, block.chosen, block.rejected):
+            if arrays is not None:
+                arrays[layer][position] = arrays[layer][original]

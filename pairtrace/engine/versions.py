@@ -1,0 +1,14 @@
+"""Versions of everything that takes part in a value, for manifests."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+from pairtrace.version import __version__
+
+LIBRARIES = ("torch", "transformers", "tokenizers", "zarr", "numpy")
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of pairtrace and the libraries that decide the values, by name."""
+    return {"pairtrace": __version__, **{name: metadata.version(name) for name in LIBRARIES}}
