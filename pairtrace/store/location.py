@@ -15,6 +15,8 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 import numpy.typing as npt
 
+from pairtrace.errors import StoreError
+
 if TYPE_CHECKING:
     import zarr
     from zarr.abc.store import Store
@@ -44,8 +46,8 @@ class Location(Protocol):
     def remove(self, key: str, *, durable: bool) -> None:
         """Remove an object if it is there."""
 
-    def total_bytes(self) -> int:
-        """Bytes of all objects of the store."""
+    def list_keys(self) -> list[str]:
+        """Keys of all objects of the store, sorted."""
 
     def open_group(self, mode: str) -> zarr.Group:
         """The store as a Zarr group (mode "r", "r+" or "a")."""
@@ -81,6 +83,8 @@ class LocalLocation:
             return np.memmap(path, dtype=np.uint8, mode="r", shape=(size,)).view(np.ndarray)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error}") from error
 
     def size(self, key: str) -> int | None:
         """Bytes of an object."""
@@ -116,9 +120,10 @@ class LocalLocation:
             if durable:
                 self._sync_parents(path)
 
-    def total_bytes(self) -> int:
-        """Bytes of all files below the directory."""
-        return sum((Path(folder) / file).stat().st_size for folder, _, files in os.walk(self.root) for file in files)
+    def list_keys(self) -> list[str]:
+        """Paths of all files below the directory."""
+        found = (Path(folder) / file for folder, _, files in os.walk(self.root) for file in files)
+        return sorted(path.relative_to(self.root).as_posix() for path in found)
 
     def open_group(self, mode: str) -> zarr.Group:
         """The directory as a Zarr group."""
@@ -179,11 +184,14 @@ class RemoteLocation:
 
         sync(self._open_store(read_only=False).delete(key))
 
-    def total_bytes(self) -> int:
-        """Bytes of all objects under the address."""
+    def list_keys(self) -> list[str]:
+        """Keys of all objects under the address."""
         from zarr.core.sync import sync
 
-        return sync(self._open_store(read_only=True).getsize_prefix(""))
+        async def listed() -> list[str]:
+            return sorted([key async for key in self._open_store(read_only=True).list()])
+
+        return sync(listed())
 
     def open_group(self, mode: str) -> zarr.Group:
         """The address as a Zarr group."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,11 @@ def refuse_foreign_directory(location: LocalLocation) -> None:
         return
     if not root.is_dir():
         raise StoreError(f"{root} is a file, not a store; choose another --store path")
-    if (root / LOCK_KEY).exists() or next(_files(root), None) is None or read_manifest(location) is not None:
+    if (
+        (root / LOCK_KEY).exists()
+        or not any(files for _, _, files in os.walk(root))
+        or read_manifest(location) is not None
+    ):
         return
     raise StoreError(f"{root} exists, is not empty and is not a pairtrace store; choose another --store path")
 
@@ -101,9 +104,9 @@ def create_store(location: Location, manifest: Manifest, *, durable: bool) -> No
 
 def remove_partial_files(location: LocalLocation) -> None:
     """Remove what a killed writer left half-written; the lock must be held."""
-    for path in _files(location.root):
-        if path.name.endswith(PARTIAL):
-            path.unlink()
+    for key in location.list_keys():
+        if key.endswith(PARTIAL):
+            (location.root / key).unlink()
 
 
 def require_manifest(location: Location) -> Manifest:
@@ -128,15 +131,15 @@ def require_manifest(location: Location) -> Manifest:
 
 
 def _clear_interrupted_creation(root: Path) -> None:
-    leftovers = [path for path in _files(root) if path != root / LOCK_KEY]
-    for path in leftovers:
-        if path.name != ZARR_JSON and not path.name.endswith(PARTIAL):
+    leftovers = [key for key in LocalLocation(root).list_keys() if key != LOCK_KEY]
+    for key in leftovers:
+        if Path(key).name != ZARR_JSON and not key.endswith(PARTIAL):
             raise StoreDamagedError(
-                f"{root} holds data ({path.relative_to(root)}) but its {ZARR_JSON} has no manifest; "
+                f"{root} holds data ({key}) but its {ZARR_JSON} has no manifest; "
                 "restore that file, or choose another --store path"
             )
-    for path in leftovers:
-        path.unlink()
+    for key in leftovers:
+        (root / key).unlink()
 
 
 def _fsync_tree(root: Path) -> None:
@@ -144,10 +147,6 @@ def _fsync_tree(root: Path) -> None:
         for file in files:
             fsync_path(Path(folder) / file)
         fsync_path(Path(folder))
-
-
-def _files(root: Path) -> Iterator[Path]:
-    return (Path(folder) / file for folder, _, files in os.walk(root) for file in files)
 
 
 def _read_json(location: Location, key: str) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from pairtrace.errors import ConfigError, LayerError, StoreIncompleteError
 from pairtrace.store.chunks import damaged, read_chunk
 from pairtrace.store.layout import MISSING, OK, QUARANTINED, ROW_ARRAYS, ArraySpec, array_specs
 from pairtrace.store.location import Location, StorePath, open_location
+from pairtrace.store.lock import LOCK_KEY
 from pairtrace.store.manifest import Manifest
 from pairtrace.store.metadata import require_manifest
 
@@ -106,7 +107,7 @@ class ActivationStore:
             "ok": int(counts[OK]),
             "quarantined": int(counts[QUARANTINED]),
             "missing": int(counts[MISSING]),
-            "bytes": self._location.total_bytes(),
+            "bytes": sum(self._location.size(key) or 0 for key in self._location.list_keys() if key != LOCK_KEY),
             "reasons": dict(codes.most_common()),
         }
 

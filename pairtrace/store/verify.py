@@ -1,0 +1,255 @@
+"""Reading everything in a store to find what is wrong with it.
+
+Chunks are read through Zarr and its codecs, not through pairtrace's own reader, so that the two check each
+other. Legend: N rows, D width, S rows per shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from pairtrace.store.layout import GROUPS, OK, QUARANTINED, ROW_ARRAYS, ArraySpec, array_specs, nonfinite_rows
+from pairtrace.store.location import Location, StorePath, open_location
+from pairtrace.store.lock import LOCK_KEY
+from pairtrace.store.manifest import Manifest
+from pairtrace.store.metadata import ZARR_JSON, require_manifest
+
+if TYPE_CHECKING:
+    import zarr
+
+# Relative error of one rounding (with a factor 2 to spare) and the smallest positive number, per dtype: the
+# norm was taken before rounding, and |norm(x + e) - norm(x)| <= norm(e).
+_ROUNDING = {
+    "float16": (2.0**-10, 2.0**-24),
+    "bfloat16": (2.0**-7, 2.0**-126),
+    "float32": (1e-5, 2.0**-126),
+}
+
+
+class ProgressLike(Protocol):
+    """Receives progress; one stage, counted in shards."""
+
+    def start(self, stage: str, total: int | None, unit: str) -> None:
+        """Begin a stage."""
+
+    def advance(self, done: int, **figures: float) -> None:
+        """Report `done` more units."""
+
+    def finish(self) -> None:
+        """End the stage."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        array: name of the array, or path of a file that belongs to none.
+        shard: number of the shard, or None.
+        rows: first row and the row after the last one concerned, or None.
+        what: what is wrong.
+    """
+
+    array: str
+    shard: int | None = None
+    rows: tuple[int, int] | None = None
+    what: str
+
+    def __str__(self) -> str:
+        where = "" if self.shard is None else f", shard {self.shard}"
+        rows = "" if self.rows is None else f" (rows {self.rows[0]} to {self.rows[1] - 1})"
+        return f"{self.array}{where}{rows}: {self.what}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        path: path or address of the store.
+        rows: N.
+        shards: number of shards.
+        missing_shards: shards without a mark; they make the report not `ok`, but nothing is damaged.
+        problems: everything that is wrong.
+    """
+
+    path: str
+    rows: int
+    shards: int
+    missing_shards: tuple[int, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard has its mark."""
+        return not self.missing_shards
+
+    @property
+    def ok(self) -> bool:
+        """Whether the store is complete and nothing is wrong."""
+        return self.complete and not self.problems
+
+
+def verify(path: StorePath, progress: ProgressLike | None = None) -> VerifyReport:
+    """Read every chunk of every marked shard and check bytes, values and their agreement.
+
+    Found are: a flipped bit anywhere in a chunk (crc32c); missing, truncated and foreign files; NaN or
+    infinities in ok rows; a norm that does not belong to its difference; an ok row without `pair_id`; status,
+    reason and zeroed rows that contradict each other.
+
+    Args:
+        path: directory, or address of an object store.
+        progress: receives `start`, `advance` and `finish`, counted in shards.
+
+    Raises:
+        StoreError: there is no store at `path`, or its metadata is damaged or of another schema version.
+    """
+    location = open_location(path)
+    manifest = require_manifest(location)
+    specs = array_specs(manifest)
+    group = location.open_group("r")
+    status = specs["status"]
+    problems = list(_foreign_keys(location, specs, manifest))
+    missing = []
+    if progress is not None:
+        progress.start("verify", status.shards, "shards")
+    for shard in range(status.shards):
+        if location.size(status.key(shard)) is None:
+            missing.append(shard)
+        else:
+            problems += _check_shard(location, group, manifest, specs, shard)
+        if progress is not None:
+            progress.advance(1, problems=len(problems))
+    if progress is not None:
+        progress.finish()
+    return VerifyReport(
+        path=location.name,
+        rows=manifest.rows,
+        shards=status.shards,
+        missing_shards=tuple(missing),
+        problems=tuple(problems),
+    )
+
+
+def _foreign_keys(location: Location, specs: dict[str, ArraySpec], manifest: Manifest) -> Iterator[Problem]:
+    groups = GROUPS if manifest.sides else GROUPS[:2]
+    known = {ZARR_JSON, LOCK_KEY, *(f"{name}/{ZARR_JSON}" for name in (*groups, *specs))}
+    known |= {spec.key(shard) for spec in specs.values() for shard in range(spec.shards)}
+    for key in location.list_keys():
+        if key not in known:
+            yield Problem(array=key, what="this file does not belong to the store")
+
+
+def _check_shard(
+    location: Location, group: zarr.Group, manifest: Manifest, specs: dict[str, ArraySpec], shard: int
+) -> Iterator[Problem]:
+    span = specs["status"].span(shard)
+    small: dict[str, np.ndarray] = {}
+    for name, spec in specs.items():
+        if name.partition("/")[0] in ROW_ARRAYS:
+            continue
+        try:
+            small[name] = _read(location, group, spec, shard)
+        except ValueError as error:
+            yield Problem(array=name, shard=shard, rows=span, what=str(error))
+    yield from _check_rows(small, shard, span)
+    for name, spec in specs.items():
+        if name.partition("/")[0] not in ROW_ARRAYS:
+            continue
+        try:
+            rows = _read(location, group, spec, shard)
+        except ValueError as error:
+            yield Problem(array=name, shard=shard, rows=span, what=str(error))
+            continue
+        if "status" in small:
+            yield from _check_vectors(name, rows, small, manifest, shard, span)
+
+
+def _read(location: Location, group: zarr.Group, spec: ArraySpec, shard: int) -> np.ndarray:
+    """One shard of one array through Zarr, which checks the crc32c.
+
+    Raises:
+        ValueError: the chunk is missing, has the wrong length or checksum; the message says which.
+    """
+    size = location.size(spec.key(shard))
+    if size is None:
+        raise ValueError("its chunk is missing")
+    if not spec.is_text and size != spec.chunk_bytes:
+        raise ValueError(f"its chunk has {size} bytes instead of {spec.chunk_bytes}")
+    start, stop = spec.span(shard)
+    array: Any = group[spec.name]
+    try:
+        values = array[start:stop]
+    except (ValueError, RuntimeError, OSError) as error:
+        raise ValueError(f"its chunk cannot be decoded ({error})") from error
+    return np.asarray(values)
+
+
+def _check_rows(small: dict[str, np.ndarray], shard: int, span: tuple[int, int]) -> Iterator[Problem]:
+    if "status" not in small:
+        return
+    status = small["status"]
+    ok, quarantined = status == OK, status == QUARANTINED
+
+    def problem(name: str, bad: np.ndarray, what: str) -> Iterator[Problem]:
+        yield from _row_problem(name, bad, what, shard, span)
+
+    yield from problem("status", ~(ok | quarantined), "a marked shard holds rows that are neither ok nor quarantined")
+    if "pair_id" in small:
+        yield from problem("pair_id", ok & ~small["pair_id"].any(axis=1), "an ok row has an all-zero pair_id")
+    if "tokens" in small:
+        yield from problem("tokens", (small["tokens"] < 0).any(axis=1), "a token count is negative")
+    if "reason" in small:
+        has_reason = np.array([text != "" for text in small["reason"].tolist()], dtype=bool)
+        yield from problem("reason", ok & has_reason, "an ok row has a quarantine reason")
+        yield from problem("reason", quarantined & ~has_reason, "a quarantined row has no reason")
+
+
+def _check_vectors(
+    name: str,
+    rows: np.ndarray,
+    small: dict[str, np.ndarray],
+    manifest: Manifest,
+    shard: int,
+    span: tuple[int, int],
+) -> Iterator[Problem]:
+    kind, _, layer = name.partition("/")
+    status = small["status"]
+    ok = status == OK
+    bad = nonfinite_rows(rows, manifest.dtype)
+    yield from _row_problem(name, ok & bad, "an ok row holds NaN or infinity", shard, span)
+    # All bits but the sign: the zeros of a quarantined row.
+    nonzero = (_as_float32(rows, manifest) != 0).any(axis=1)
+    yield from _row_problem(name, (status == QUARANTINED) & nonzero, "a quarantined row is not zero", shard, span)
+    norm_name = f"norm/{layer}"
+    if kind != "diff" or norm_name not in small:
+        return
+    written = small[norm_name].astype(np.float64)
+    yield from _row_problem(
+        norm_name, (status == QUARANTINED) & (written != 0), "a quarantined row has a norm", shard, span
+    )
+    relative, tiny = _ROUNDING[manifest.dtype]
+    wide = _as_float32(np.where((ok & ~bad)[:, None], rows, rows.dtype.type(0)), manifest)
+    recomputed = np.sqrt(np.einsum("nd,nd->n", wide, wide, dtype=np.float64))
+    allowed = relative * recomputed + tiny * np.sqrt(manifest.width)
+    # Written this way round, a NaN norm is a problem as well.
+    differs = ok & ~bad & ~(np.abs(written - recomputed) <= allowed)
+    yield from _row_problem(norm_name, differs, "the norm does not belong to the difference", shard, span)
+
+
+def _row_problem(name: str, bad: np.ndarray, what: str, shard: int, span: tuple[int, int]) -> Iterator[Problem]:
+    places = np.flatnonzero(bad)
+    if places.size:
+        first, last = span[0] + int(places[0]), span[0] + int(places[-1])
+        many = f" ({places.size} such rows, the first is row {first})"
+        yield Problem(array=name, shard=shard, rows=(first, last + 1), what=what + many)
+
+
+def _as_float32(rows: np.ndarray, manifest: Manifest) -> np.ndarray:
+    if manifest.dtype == "bfloat16":
+        return (rows.astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(np.float32)
