@@ -1,0 +1,38 @@
+"""Output files appear complete or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pairtrace.errors import ConfigError
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it is flushed to disk and takes the place of `path`.
+
+    Missing parent directories are made. When the body raises, the temporary file is removed and `path` is as it
+    was before.
+
+    Raises:
+        ConfigError: the file cannot be written (no permission, read-only or full disk, `path` is a directory).
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise ConfigError(f"cannot write {path}: it is a directory; give a file name")
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error}; check the free space and permissions of {path.parent}"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,225 @@
+"""The rollouts stage: both checkpoints answer every prompt, under every condition, several times.
+
+Finished batches are appended to `{out}.partial.jsonl`, so an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+
+from pairtrace.engine.progress import NULL_PROGRESS, Progress
+from pairtrace.engine.prompts import DISTRACTOR, PLAIN, PromptSet, load_prompts
+from pairtrace.engine.rollout_journal import Key, RolloutJournal, require_same_run
+from pairtrace.engine.rollout_table import BASE, SCHEMA, TUNED, RolloutTable, read_rollouts
+from pairtrace.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pairtrace.engine.sampling import Sampled
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """What `sample_rollouts` does.
+
+    Attributes:
+        prompts: prompt file (yaml or jsonl).
+        base: M0, the checkpoint from before preference training: a directory or a hub id.
+        tuned: M1, the checkpoint after it.
+        out: parquet file to write.
+        conditions: "plain", or "plain" and "distractor"; None takes what the prompts allow.
+        temperature: of sampling; 0 takes the most likely token, and then one sample is all there is.
+        samples: responses per prompt, condition and model.
+        max_new_tokens: longest response, in tokens.
+        batch_size: rollouts per forward pass; it does not change what is sampled.
+        seed: every rollout derives its own seed from it.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: of the forward pass; "auto" is the checkpoint's own.
+        chat_template: file with a Jinja chat template that replaces the tokenizers' own.
+    """
+
+    prompts: str
+    base: str
+    tuned: str
+    out: str
+    conditions: tuple[str, ...] | None = None
+    temperature: float = 0.7
+    samples: int = 8
+    max_new_tokens: int = 256
+    batch_size: int = 32
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise ConfigError(f"temperature is {self.temperature}; expected 0 (greedy) or a positive number")
+        if self.temperature == 0 and self.samples > 1:
+            raise ConfigError(
+                f"temperature 0 gives the same response each time, but {self.samples} samples were asked for; "
+                "set samples to 1 or raise the temperature"
+            )
+        if self.conditions is not None and self.conditions not in ((PLAIN,), (PLAIN, DISTRACTOR)):
+            raise ConfigError(f"conditions are {self.conditions}; expected plain, or plain and distractor")
+
+
+def sample_rollouts(config: RolloutConfig, progress: Progress = NULL_PROGRESS) -> RolloutTable:
+    """Sample the rollouts of `config`, or go on with those of an interrupted run.
+
+    A finished file made with the same settings is read instead. Verdicts are not given here.
+
+    Returns:
+        The table, as written to `config.out`, sorted by prompt, condition, model and sample.
+
+    Raises:
+        DataFormatError: the prompt file is malformed.
+        DataMismatchError: `out` or its unfinished file exists and was made with other settings.
+        ConfigError, ModelError: an option or a checkpoint cannot be used.
+    """
+    from pairtrace.engine.checkpoint import model_fingerprint
+    from pairtrace.engine.versions import library_versions
+
+    prompts = load_prompts(config.prompts)
+    conditions = config.conditions or prompts.conditions
+    if DISTRACTOR in conditions and not prompts.has_distractors:
+        raise ConfigError(f"the distractor condition was asked for, but {config.prompts} has no distractors")
+    template = read_template(config.chat_template)
+    identity = {
+        "base_fingerprint": model_fingerprint(config.base),
+        "tuned_fingerprint": model_fingerprint(config.tuned),
+        "prompts_fingerprint": prompts.fingerprint,
+        "conditions": list(conditions),
+        "chat_template": template,
+        **{name: getattr(config, name) for name in ("temperature", "samples", "max_new_tokens", "seed", "dtype")},
+    }
+    out = Path(config.out)
+    if out.exists():
+        table = read_rollouts(out)
+        require_same_run(identity, table.manifest.get("identity"), out)
+        logger.info("%s holds these rollouts already; they are used as they are", out)
+        return table
+    keys = [
+        (model, condition, prompt.id, sample)
+        for model in (BASE, TUNED)
+        for condition in conditions
+        for prompt in prompts.prompts
+        for sample in range(config.samples)
+    ]
+    journal = RolloutJournal(out.with_name(out.name + ".partial.jsonl"), identity)
+    with journal:
+        for model, path in ((BASE, config.base), (TUNED, config.tuned)):
+            open_keys = [key for key in keys if key[0] == model and key not in journal.rows]
+            if open_keys:
+                _sample_model(config, path, open_keys, prompts, template, journal, progress)
+                _free_memory()
+        manifest = {
+            "schema_version": 1,
+            "identity": identity,
+            "config": {field.name: asdict(config)[field.name] for field in fields(config)},
+            "versions": library_versions(),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        table = RolloutTable(_table(keys, prompts, journal.rows, config.seed), manifest)
+        table.write(out)
+    journal.path.unlink()
+    return table
+
+
+def read_template(path: str | None) -> str | None:
+    """The text of a chat-template file, or None.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {path}: {error}") from error
+
+
+def _sample_model(
+    config: RolloutConfig,
+    path: str,
+    keys: list[Key],
+    prompts: PromptSet,
+    template: str | None,
+    journal: RolloutJournal,
+    progress: Progress,
+) -> None:
+    from pairtrace.engine.sampling import Request, Sampler, rollout_seed
+
+    sampler = Sampler.load(path, device=config.device, dtype=config.dtype, chat_template=template)
+    known = prompts.by_id()
+    conversations = {
+        (condition, identifier): known[identifier].conversation(condition) for _, condition, identifier, _ in keys
+    }
+    requests = [
+        Request(
+            name=f"prompt {identifier!r} ({condition})",
+            messages=conversations[condition, identifier],
+            seed=rollout_seed(config.seed, model, condition, identifier, sample),
+        )
+        for model, condition, identifier, sample in keys
+    ]
+    progress.start(f"rollouts of {keys[0][0]}", len(keys), "responses")
+
+    def on_batch(finished: list[tuple[int, Sampled]]) -> None:
+        journal.append([(keys[position], sampled) for position, sampled in finished])
+        progress.advance(len(finished), tokens=sum(sampled.tokens for _, sampled in finished))
+
+    sampler.sample(
+        requests,
+        temperature=config.temperature,
+        max_new_tokens=config.max_new_tokens,
+        batch_size=config.batch_size,
+        on_batch=on_batch,
+    )
+    progress.finish()
+
+
+def _free_memory() -> None:
+    """Give the weights of a model that is no longer referenced back to the device."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _table(keys: list[Key], prompts: PromptSet, rows: dict[Key, dict[str, Any]], seed: int) -> pa.Table:
+    from pairtrace.engine.sampling import rollout_seed
+
+    position = {prompt.id: number for number, prompt in enumerate(prompts.prompts)}
+    known = prompts.by_id()
+    records = [
+        {
+            "prompt_id": identifier,
+            "condition": condition,
+            "model": model,
+            "sample": sample,
+            "messages": json.dumps(known[identifier].conversation(condition), ensure_ascii=False),
+            **rows[model, condition, identifier, sample],
+            "verdict": None,
+            "judge": "",
+            "seed": rollout_seed(seed, model, condition, identifier, sample),
+        }
+        for model, condition, identifier, sample in sorted(
+            keys, key=lambda key: (position[key[2]], key[1] == DISTRACTOR, key[0] == TUNED, key[3])
+        )
+    ]
+    return pa.Table.from_pylist(records, schema=SCHEMA)

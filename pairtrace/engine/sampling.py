@@ -1,0 +1,265 @@
+"""Sampling responses from a checkpoint, in batches that do not change what is sampled.
+
+Legend: B rollouts of a batch, T tokens of the longest prompt, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig, LogitsProcessor
+
+from pairtrace.engine.checkpoint import (
+    load_config,
+    load_tokenizer,
+    resolve_checkpoint,
+    resolve_device,
+    resolve_dtype,
+    weight_files,
+)
+from pairtrace.errors import ConfigError, ModelError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One response to sample.
+
+    Attributes:
+        name: named in errors.
+        messages: the conversation, ending with the user.
+        seed: of this response alone.
+    """
+
+    name: str
+    messages: Sequence[dict[str, Any]]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """One sampled response.
+
+    Attributes:
+        response: its text, without special tokens.
+        tokens: generated tokens, the end token included.
+        finished: an end token was reached before the limit.
+    """
+
+    response: str
+    tokens: int
+    finished: bool
+
+
+def rollout_seed(*parts: object) -> int:
+    """A 63-bit seed that depends on all parts and on nothing else, the same in every process."""
+    digest = hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class _InverseCdf(LogitsProcessor):
+    """Turns greedy decoding into sampling at a temperature.
+
+    Token i is drawn when u falls into its interval of the cumulative distribution; u comes from the rollout's own
+    generator. So the draw depends neither on the batch nor on the device's random numbers.
+    """
+
+    def __init__(self, uniforms: torch.Tensor, temperature: float, prompt_tokens: int) -> None:
+        self.uniforms = uniforms  # float64 [B, max_new_tokens]
+        self.temperature = temperature
+        self.prompt_tokens = prompt_tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        step = input_ids.shape[1] - self.prompt_tokens
+        cumulative = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(dim=-1)  # [B, V]
+        wanted = self.uniforms[:, step : step + 1] * cumulative[:, -1:]
+        # right=True: the first token whose cumulative probability exceeds u, so none of probability 0.
+        drawn = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+
+
+def left_padded(sequences: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask, both int64 [B, T], every sequence ending in the last column."""
+    longest = max(len(ids) for ids in sequences)
+    ids = torch.full((len(sequences), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, sequence in enumerate(sequences):
+        ids[row, longest - len(sequence) :] = torch.tensor(sequence)
+        mask[row, longest - len(sequence) :] = 1
+    return ids, mask
+
+
+class Sampler:
+    """A checkpoint that answers conversations.
+
+    Attributes:
+        model: a transformers causal language model in evaluation mode.
+        tokenizer: its tokenizer.
+        end_tokens: ids that end a response: those of the generation config and the tokenizer's end of sequence.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, chat_template: str | None = None) -> None:
+        if chat_template is None and not tokenizer.chat_template:
+            raise ModelError(
+                "the tokenizer has no chat template, so prompts cannot be rendered; give the one that training "
+                "used with --chat-template FILE"
+            )
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        configured = model.generation_config.eos_token_id
+        ends = [configured] if isinstance(configured, int) else list(configured or [])
+        ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        self.end_tokens = tuple(sorted(set(ends)))
+        pad = tokenizer.pad_token_id
+        self._pad = int(pad if pad is not None else self.end_tokens[0] if self.end_tokens else 0)
+        # Only the temperature asked for shapes the distribution: no top-p or penalties of the checkpoint's own.
+        model.generation_config = GenerationConfig(
+            eos_token_id=list(self.end_tokens) or None, pad_token_id=self._pad, do_sample=False
+        )
+
+    @classmethod
+    def load(
+        cls, model: str, *, device: str = "auto", dtype: str = "auto", chat_template: str | None = None
+    ) -> Sampler:
+        """Load a checkpoint with its language-model head.
+
+        Args:
+            model: checkpoint directory or hub id.
+            device: "auto", "cpu", "cuda" or "cuda:N".
+            dtype: of the forward pass, "auto" for the checkpoint's own.
+            chat_template: Jinja text that replaces the tokenizer's template.
+
+        Raises:
+            ModelError: weights or tokenizer are missing or damaged, or there is no chat template.
+            ConfigError: the device or dtype cannot be used.
+        """
+        from safetensors import SafetensorError
+        from transformers import AutoModelForCausalLM
+
+        path = resolve_checkpoint(model)
+        weight_files(path)
+        config = load_config(path)
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=resolve_dtype(dtype, config),
+                use_safetensors=True,
+                trust_remote_code=False,
+            )
+        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+            raise ModelError(f"the weights of {path} cannot be loaded: {error}") from error
+        return cls(loaded.to(resolve_device(device)), load_tokenizer(path), chat_template)
+
+    def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Token ids of the conversation up to where the answer begins (chat template, generation prompt)."""
+        options = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **options)
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        batch_size: int,
+        on_batch: Callable[[list[tuple[int, Sampled]]], None] | None = None,
+    ) -> list[Sampled]:
+        """Sample one response per request.
+
+        Args:
+            requests: what to answer; batches are formed by prompt length.
+            temperature: 0 takes the most likely token.
+            max_new_tokens: longest response, in tokens.
+            batch_size: rollouts per forward pass; halved whenever memory runs out.
+            on_batch: called after each batch with (position in `requests`, response).
+
+        Returns:
+            The responses in the order of `requests`.
+
+        Raises:
+            ConfigError: a prompt leaves no room for `max_new_tokens` in the model's context.
+            ModelError: memory does not suffice for a single response.
+        """
+        encoded = {id(request.messages): self.encode(request.messages) for request in requests}
+        prompts = [encoded[id(request.messages)] for request in requests]
+        self._check_room(requests, prompts, max_new_tokens)
+        order = sorted(range(len(requests)), key=lambda position: -len(prompts[position]))
+        results: dict[int, Sampled] = {}
+        start = 0
+        while start < len(order):
+            batch = order[start : start + batch_size]
+            uniforms = None
+            if temperature > 0:
+                draws = [np.random.default_rng(requests[p].seed).random(max_new_tokens) for p in batch]
+                uniforms = torch.from_numpy(np.stack(draws))
+            answers = self._generate_or_none([prompts[p] for p in batch], uniforms, temperature, max_new_tokens)
+            if answers is None:
+                if len(batch) == 1:
+                    raise ModelError(
+                        f"memory does not suffice to answer {requests[batch[0]].name} alone; lower max_new_tokens"
+                    )
+                batch_size = max(1, len(batch) // 2)
+                logger.warning("out of memory: the batch size is now %d", batch_size)
+                continue
+            finished = list(zip(batch, answers, strict=True))
+            results.update(finished)
+            start += len(batch)
+            if on_batch is not None:
+                on_batch(finished)
+        return [results[position] for position in range(len(requests))]
+
+    def _check_room(self, requests: Sequence[Request], prompts: list[list[int]], max_new_tokens: int) -> None:
+        context = getattr(self.model.config, "max_position_embeddings", None)
+        for request, ids in zip(requests, prompts, strict=True):
+            if context is not None and len(ids) + max_new_tokens > context:
+                raise ConfigError(
+                    f"{request.name}: the prompt has {len(ids)} tokens; with max_new_tokens {max_new_tokens} it "
+                    f"exceeds the model's context of {context} tokens"
+                )
+
+    def _generate_or_none(
+        self,
+        prompts: list[list[int]],
+        uniforms: torch.Tensor | None,
+        temperature: float,
+        max_new_tokens: int,
+    ) -> list[Sampled] | None:
+        """Answers to one batch; None when memory ran out."""
+        device = self.model.device
+        ids, mask = left_padded(prompts, self._pad)
+        processors: list[LogitsProcessor] = []
+        if uniforms is not None:
+            processors.append(_InverseCdf(uniforms.to(device), temperature, ids.shape[1]))
+        try:
+            with torch.inference_mode():
+                output = self.model.generate(
+                    input_ids=ids.to(device),
+                    attention_mask=mask.to(device),
+                    logits_processor=processors,
+                    max_new_tokens=max_new_tokens,
+                )
+        except torch.OutOfMemoryError:
+            gc.collect()
+            torch.cuda.empty_cache()
+            return None
+        return [self._decode(row) for row in output[:, ids.shape[1] :].tolist()]
+
+    def _decode(self, generated: list[int]) -> Sampled:
+        ends = [position for position, token in enumerate(generated) if token in self.end_tokens]
+        kept = generated[: ends[0] + 1] if ends else generated
+        body = kept[:-1] if ends else kept
+        text = self.tokenizer.decode(body, skip_special_tokens=True)
+        return Sampled(response=text, tokens=len(kept), finished=bool(ends))
