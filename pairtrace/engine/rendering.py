@@ -36,7 +36,11 @@ _TEMPLATE_FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, Loo
 
 # Arguments of apply_chat_template that change the tokenisation, not the template: a row may not set them.
 _NOT_TEMPLATE_VARIABLES = frozenset(
-    ["add_generation_prompt", "continue_final_message", "max_length", "padding", "return_assistant_tokens_mask", "return_dict", "return_tensors", "sanitize_control_tokens", "tokenize", "tokenizer_kwargs", "truncation"]
+    (
+        *("tokenize", "tokenizer_kwargs", "sanitize_control_tokens", "padding", "truncation", "max_length"),
+        *("return_tensors", "return_dict", "return_assistant_tokens_mask"),
+        *("add_generation_prompt", "continue_final_message"),
+    )
 )
 
 
@@ -197,7 +201,7 @@ class Renderer:
     def _assemble(
         self, pair: Pair, prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray
     ) -> RenderedPair | Quarantined:
-        boundary = min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+        boundary = _boundary(prompt, chosen, rejected)
         reason = ""
         if self.max_length is not None and self.truncation == "keep_start" and boundary >= self.max_length:
             reason = f"prompt_too_long: the prompt has {boundary} tokens, max_length is {self.max_length}"
@@ -234,6 +238,11 @@ class Renderer:
         if cut and self.truncation == "keep_end":
             return ids[cut:].copy(), max(boundary - cut, 1)
         return (ids[: self.max_length].copy() if cut else ids), max(boundary, 1)
+
+
+def _boundary(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> int:
+    """Number of prompt tokens that both sides begin with: a template or a merge may change the last ones."""
+    return min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
 
 
 def _common_prefix(ids: np.ndarray, others: np.ndarray) -> int:
