@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from pairtrace.errors import ConfigError, StoreDamagedError, StoreMismatchError, StoreSchemaError
+from pairtrace.store.manifest import IDENTITY, Manifest
+from tests.store.samples import make_manifest
+
+OTHER: dict[str, Any] = {
+    "model_fingerprint": "1" * 64,
+    "tokenizer_fingerprint": "2" * 64,
+    "template_fingerprint": "3" * 64,
+    "data_fingerprint": "4" * 64,
+    "max_length": None,
+    "truncation": "keep_end",
+    "pooling": "last-token",
+    "dtype": "float32",
+    "compute_dtype": "bfloat16",
+    "layers": (2,),
+    "sides": True,
+    "rows": 11,
+    "limit": 10,
+    "width": 7,
+}
+
+
+@pytest.mark.parametrize("manifest", [make_manifest(), make_manifest(sides=True, max_length=None, limit=3)])
+def test_json_round_trip(manifest: Manifest) -> None:
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json())), "s") == manifest
+
+
+@pytest.mark.parametrize("field", IDENTITY)
+def test_each_identity_field_is_compared(field: str) -> None:
+    needed = make_manifest(**{field: OTHER[field]})
+    with pytest.raises(StoreMismatchError) as caught:
+        make_manifest().require_same(needed)
+    assert caught.value.field == field
+    assert caught.value.expected == OTHER[field]
+    assert caught.value.actual == getattr(make_manifest(), field)
+    assert repr(caught.value.actual) in str(caught.value) and repr(OTHER[field]) in str(caught.value)
+
+
+def test_description_is_no_identity() -> None:
+    described = {
+        "created": "later",
+        "versions": {},
+        "data": "elsewhere",
+        "model": "other name",
+        "attention": "x",
+        "columns": {},
+        "data_format": "x",
+        "shard_rows": 7,
+    }
+    make_manifest().require_same(make_manifest(**described))
+    fields = {field.name for field in dataclasses.fields(Manifest)}
+    assert fields == set(IDENTITY) | set(described) | {"schema_version"}, "a new field needs a decision"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": 0},
+        {"width": 0},
+        {"shard_rows": 0},
+        {"layers": ()},
+        {"layers": (5, 2)},
+        {"layers": (2, 2)},
+        {"layers": (-1,)},
+        {"dtype": "int8"},
+        {"truncation": "middle"},
+    ],
+)
+def test_values_out_of_range_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        make_manifest(**changes)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_another_schema_version(version: object) -> None:
+    with pytest.raises(StoreSchemaError, match=f"schema version {version!r}.*reads version 1"):
+        Manifest.from_json({**make_manifest().to_json(), "schema_version": version}, "acts.zarr")
+
+
+def test_unknown_fields_of_another_schema_are_a_schema_error() -> None:
+    with pytest.raises(StoreSchemaError):
+        Manifest.from_json({"schema_version": 2, "novelty": 1}, "acts.zarr")
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Manifest) if f.name != "schema_version"])
+def test_damaged_fields(field: str) -> None:
+    whole = make_manifest().to_json()
+    with pytest.raises(StoreDamagedError, match=field):
+        Manifest.from_json({key: value for key, value in whole.items() if key != field}, "acts.zarr")
+    with pytest.raises(StoreDamagedError, match=field):
+        Manifest.from_json({**whole, field: 1.5}, "acts.zarr")
+
+
+@pytest.mark.parametrize("value", [None, [], "text", 3])
+def test_a_manifest_that_is_no_object(value: object) -> None:
+    with pytest.raises(StoreDamagedError, match="not a JSON object"):
+        Manifest.from_json(value, "acts.zarr")
+
+
+def test_booleans_and_odd_layers_are_not_numbers() -> None:
+    for change in ({"rows": True}, {"layers": [2, "5"]}, {"layers": [True]}):
+        with pytest.raises(StoreDamagedError):
+            Manifest.from_json({**make_manifest().to_json(), **change}, "acts.zarr")
+
+
+@pytest.mark.parametrize("module", ["manifest", "reader", "writer", "verify", "reuse"])
+def test_importing_the_room_loads_nothing_heavy(module: str) -> None:
+    heavy = ("zarr", "numcodecs", "torch", "transformers", "numba", "fsspec")
+    code = f"import sys, pairtrace.store.{module}; print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
