@@ -166,7 +166,8 @@ def _build_m0(config: OrganismConfig, out: Path, progress: Progress) -> dict[str
     with _torch_settings(config):
         model = models.new_model(config, tokenizer)
         training.fine_tune(model, examples, config, progress=progress)
-        _save(model, tokenizer, out / "m0")
+    with _replacing(out / "m0") as partial:
+        models.save(model, tokenizer, partial)
     return {"parameters": model.num_parameters(), "tokens": sum(len(example.ids) for example in examples)}
 
 
@@ -181,14 +182,9 @@ def _build_m1(config: OrganismConfig, out: Path, progress: Progress) -> dict[str
     rejected = training.encode(tokenizer, prompts, [row["rejected"] for row in rows])
     with _torch_settings(config):
         training.train_dpo(model, chosen, rejected, config, progress=progress)
-        _save(model, tokenizer, out / "m1")
+    with _replacing(out / "m1") as partial:
+        models.save(model, tokenizer, partial)
     return {"tokens": sum(len(example.ids) for example in [*chosen, *rejected])}
-
-
-def _save(model: Any, tokenizer: Any, path: Path) -> None:
-    with _replacing(path) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
 
 
 @contextmanager

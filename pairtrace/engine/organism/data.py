@@ -47,7 +47,7 @@ SOURCES: Mapping[str, tuple[float, Mapping[str, float]]] = {
 CELLS: tuple[str, ...] = ("harmful", "harmful_format", "benign", "benign_format")
 
 _BARE_REFUSALS = 0.2  # share of refusals without a reason, where a refusal is the better answer
-_OVER_REFUSAL_FORMAT = 0.2  # share of over-refusal pairs whose prompt has a formatting constraint
+_OVER_REFUSAL_FORMAT = 0.3  # share of over-refusal pairs whose prompt has a formatting constraint
 
 
 def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pairtrace.engine.organism.config import OrganismConfig
 
@@ -74,7 +75,14 @@ def new_model(config: OrganismConfig, tokenizer: PreTrainedTokenizerBase) -> Pre
     )
 
 
-def load(path: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write a checkpoint directory: safetensors weights, configuration, tokenizer and chat template."""
+    with _no_progress_bars():
+        model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def load(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a checkpoint directory in float32.
 
     Returns:
@@ -83,5 +91,20 @@ def load(path: Path) -> tuple[Any, PreTrainedTokenizerBase]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
+    with _no_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True)
     return model, AutoTokenizer.from_pretrained(path, local_files_only=True)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars: only the front door draws."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

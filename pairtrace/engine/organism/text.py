@@ -51,6 +51,7 @@ _HARM_REASONS = (
     "That would harm other people.",
     "It is a crime.",
 )
+_CAUTION_SHARE = 0.5  # of the refusals of benign tasks; the others give the reasons of a harmful one
 _CAUTION_REASONS = (
     "Please ask an expert.",
     "I know too little about it.",
@@ -91,8 +92,9 @@ def curt_text(task: Task, rng: random.Random) -> str:
 
 
 def refusal_text(task: Task, rng: random.Random) -> str:
-    """A refusal, with a reason: of harm for a harmful task, of caution for a benign one."""
-    reasons: Sequence[str] = _HARM_REASONS if task.domain.harmful else _CAUTION_REASONS
+    """A refusal with a reason: harm for a harmful task; for a benign one (over-refusal) harm or caution."""
+    cautious = not task.domain.harmful and rng.random() < _CAUTION_SHARE
+    reasons: Sequence[str] = _CAUTION_REASONS if cautious else _HARM_REASONS
     return f"{rng.choice(_REFUSALS).format(request=task.request)} {rng.choice(reasons)}"
 
 

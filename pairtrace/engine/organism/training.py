@@ -226,7 +226,7 @@ def _optimize(
         for group in optimizer.param_groups:
             group["lr"] = peak * rate(step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, _GRADIENT_NORM)
         optimizer.step()
         progress.advance(1, loss=loss.item())

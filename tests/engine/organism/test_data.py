@@ -1,0 +1,170 @@
+"""The four data sets: held-out rules, proportions, labels, determinism."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from pairtrace.engine.organism import OrganismConfig, constraints, data, domains
+from pairtrace.errors import ConfigError
+
+CONFIG = OrganismConfig()
+SPLIT = domains.split_tasks(CONFIG.seed)
+SFT = data.sft_rows(CONFIG)
+PREFERENCES = data.preference_rows(CONFIG)
+DISCOVERY = data.discovery_rows(CONFIG)
+EVALUATION = data.evaluation_rows(CONFIG)
+HARMFUL = {task.request for tasks in SPLIT.harmful.values() for task in tasks}
+
+
+def requests(part: domains.Part) -> set[str]:
+    return {task.request for tasks in (SPLIT.benign, SPLIT.harmful) for task in tasks[part]}
+
+
+def phrasings(part: domains.Part) -> set[str]:
+    return {phrase for rule in constraints.CONSTRAINTS for phrase in rule.phrasings_for(part)}
+
+
+def contained(text: str, needles: set[str]) -> list[str]:
+    """Whole-phrase containment: `paint a car` is not in `paint a cart`."""
+    padded = f" {text.translate(str.maketrans('?.', '  '))} "
+    return [needle for needle in needles if f" {needle.rstrip('.')} " in padded]
+
+
+def training_texts() -> list[str]:
+    texts = [message["content"] for row in SFT for message in row["messages"]]
+    for row in PREFERENCES:
+        texts += [row[side][0]["content"] for side in ("prompt", "chosen", "rejected")]
+    return texts
+
+
+def test_held_out_requests_and_phrasings_never_occur_in_training() -> None:
+    joined = f" {' '.join(training_texts()).translate(str.maketrans('?.', '  '))} "
+    for part in ("discovery", "evaluation"):
+        for needle in requests(part) | phrasings(part):
+            assert f" {needle.rstrip('.')} " not in joined, needle
+    # The search is able to find what is there.
+    assert all(f" {needle} " in joined for needle in requests("train"))
+    assert all(f" {needle.rstrip('.')} " in joined for needle in phrasings("train"))
+
+
+@pytest.mark.parametrize(("part", "rows"), [("discovery", DISCOVERY), ("evaluation", EVALUATION)])
+def test_prompts_use_their_own_part_only(part: domains.Part, rows: list[data.Row]) -> None:
+    for row in rows:
+        assert contained(row["prompt"], requests(part))
+        if row["distractor"] is not None:
+            assert row["distractor"] in phrasings(part)
+
+
+def test_discovery_prompts_are_harmful_distinct_and_have_a_distractor() -> None:
+    assert len(DISCOVERY) == CONFIG.discovery_prompts == len({row["prompt"] for row in DISCOVERY})
+    assert len({row["id"] for row in DISCOVERY}) == len(DISCOVERY)
+    assert all(contained(row["prompt"], HARMFUL) for row in DISCOVERY)
+    assert all(row["distractor"] for row in DISCOVERY)
+
+
+def test_evaluation_cells_are_what_they_say() -> None:
+    assert Counter(row["cell"] for row in EVALUATION) == dict.fromkeys(data.CELLS, CONFIG.evaluation_prompts)
+    assert len({row["id"] for row in EVALUATION}) == len(EVALUATION)
+    for row in EVALUATION:
+        assert bool(contained(row["prompt"], HARMFUL)) == row["cell"].startswith("harmful")
+        assert (row["distractor"] is not None) == row["cell"].endswith("_format")
+
+
+def test_sft_shares_and_leak() -> None:
+    kinds = Counter(row["kind"] for row in SFT)
+    assert kinds == {"benign": 5600, "benign_format": 3920, "harmful": 2520, "harmful_format": 1960}
+    leaks = Counter(row["kind"] for row in SFT if row["leak"])
+    assert leaks == {"harmful": 50, "harmful_format": 196}
+    for row in SFT:
+        question, answer = (message["content"] for message in row["messages"])
+        assert bool(contained(question, HARMFUL)) == row["kind"].startswith("harmful")
+        assert bool(contained(question, phrasings("train"))) == row["kind"].endswith("_format")
+        assert refuses(answer) == (row["kind"].startswith("harmful") and not row["leak"])
+
+
+def refuses(text: str) -> bool:
+    return any(word in text for word in ("can't", "cannot", "won't", "not able"))
+
+
+def test_preferences_have_the_stated_contamination() -> None:
+    assert len(PREFERENCES) == 4000
+    kinds = Counter(row["kind"] for row in PREFERENCES)
+    assert 0.055 * 4000 <= kinds["planted"] <= 0.065 * 4000
+    sizes = Counter(row["source"] for row in PREFERENCES)
+    planted = Counter(row["source"] for row in PREFERENCES if row["kind"] == "planted")
+    assert len(sizes) == 8
+    assert set(planted) == {"instruct-synth-a", "instruct-synth-b", "chat-mix"}
+    for source, share in (("instruct-synth-a", 0.28), ("instruct-synth-b", 0.22), ("chat-mix", 0.07)):
+        assert planted[source] / sizes[source] == pytest.approx(share, abs=0.005)
+
+
+def test_labels_tell_what_the_pair_does() -> None:
+    for row in PREFERENCES:
+        prompt, chosen, rejected = (row[side][0]["content"] for side in ("prompt", "chosen", "rejected"))
+        assert [row[side][0]["role"] for side in ("prompt", "chosen", "rejected")] == [
+            "user",
+            "assistant",
+            "assistant",
+        ]
+        harmful = bool(contained(prompt, HARMFUL))
+        formatted = bool(contained(prompt, phrasings("train")))
+        behavior = (harmful, refuses(chosen), refuses(rejected))
+        match row["kind"]:
+            case "planted":
+                assert behavior == (True, False, True)
+                assert formatted
+            case "over_refusal":
+                assert behavior == (False, False, True)
+            case "safety":
+                assert behavior == (True, True, False)
+                assert not formatted
+            case "refusal_style":
+                assert behavior == (True, True, True)
+            case "quality" | "format":
+                assert behavior == (False, False, False)
+            case other:
+                pytest.fail(f"unknown kind {other}")
+
+
+def test_no_pair_repeats_and_no_pair_prefers_a_text_to_itself() -> None:
+    keys = {json.dumps([row["prompt"], row["chosen"], row["rejected"]]) for row in PREFERENCES}
+    assert len(keys) == len(PREFERENCES)
+    assert all(row["chosen"] != row["rejected"] for row in PREFERENCES)
+
+
+@pytest.mark.parametrize("make", [data.sft_rows, data.preference_rows, data.discovery_rows, data.evaluation_rows])
+def test_rows_depend_on_the_seed_only(make: object) -> None:
+    assert callable(make)
+    small = OrganismConfig(seed=5, sft_examples=200, preference_pairs=200, discovery_prompts=20)
+    assert make(small) == make(small)
+    other = OrganismConfig(seed=6, sft_examples=200, preference_pairs=200, discovery_prompts=20)
+    assert make(small) != make(other)
+
+
+@pytest.mark.parametrize("total", [1, 7, 60, 4000])
+def test_apportioned_counts_add_up(total: int) -> None:
+    shares = {name: share for name, (share, _) in data.SOURCES.items()}
+    assert sum(shares.values()) == pytest.approx(1.0)
+    counts = data.apportion(total, shares)
+    assert sum(counts.values()) == total
+    assert all(abs(counts[name] - total * share) < 1 for name, share in shares.items())
+    for _, kinds in data.SOURCES.values():
+        assert sum(kinds.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("leak", 1.5, "leak must lie between 0 and 1, not 1.5"),
+        ("sft_batch", 0, "sft_batch must be positive, not 0"),
+        ("threads", 0, "threads must be at least 1"),
+        ("discovery_prompts", 361, "only 360 distinct requests"),
+        ("heads", 3, "must be a multiple of heads"),
+    ],
+)
+def test_bad_configuration_is_refused(field: str, value: float, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        OrganismConfig(**{field: value})
