@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pairtrace.errors import ConfigError
@@ -35,4 +35,5 @@ def replacing(path: str | Path) -> Iterator[Path]:
             f"cannot write {path}: {error}; check the free space and permissions of {path.parent}"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
