@@ -29,7 +29,7 @@ SCALE_DOWN = tl.constexpr(2.0**-100)
 
 @triton.jit
 def _dots(  # type: ignore[no-untyped-def]
-    rows_ptr,  # [N, D] float32, float16 or bfloat16
+    rows_ptr,  # [N, D] float32, float16 or int16 (bfloat16 bits)
     units_ptr,  # [K, D] float32, contiguous
     n,  # [BLOCK_N] int64 row numbers
     k,  # [BLOCK_K] direction numbers
@@ -50,8 +50,12 @@ def _dots(  # type: ignore[no-untyped-def]
         values = tl.load(
             rows_ptr + n[:, None] * row_stride + d[None, :] * column_stride,
             mask=(n < N)[:, None] & (d < D)[None, :],
-            other=0.0,
+            other=0,
         )
+        if (
+            rows_ptr.dtype.element_ty == tl.int16
+        ):  # exact for denormal bfloat16 too, which the interpreter's cast is not
+            values = (values.to(tl.int32) << 16).to(tl.float32, bitcast=True)
         values = values.to(tl.float32) * scale[:, None]
         squares += tl.sum(values * values, axis=1)
         units = tl.load(units_ptr + k[:, None] * D + d[None, :], mask=(k < K)[:, None] & (d < D)[None, :], other=0.0)
@@ -64,7 +68,7 @@ def _dots(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _cosine_kernel(  # type: ignore[no-untyped-def]
-    rows_ptr,  # [N, D] float32, float16 or bfloat16
+    rows_ptr,  # [N, D] float32, float16 or int16 (bfloat16 bits)
     units_ptr,  # [K, D] float32, contiguous
     norms_ptr,  # [N] float32, read only with HAS_NORMS
     out_ptr,  # [N, K] float32, contiguous
@@ -144,8 +148,10 @@ def planned_scores(
     K, D = unit_tensor.shape
     block_n, block_k, block_d = _block_sizes(K, D)
 
+    words = rows.detach().view(torch.int16) if rows.dtype == torch.bfloat16 else rows.detach()
+
     def score(start: int, stop: int) -> torch.Tensor:
-        block = rows.detach()[start:stop]
+        block = words[start:stop]
         out = torch.empty((stop - start, K), dtype=torch.float32, device=device)
         grid = (triton.cdiv(stop - start, block_n), triton.cdiv(K, block_k))
         with _on(device):

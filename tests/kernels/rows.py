@@ -1,0 +1,79 @@
+"""Awkward rows for the kernel tests, and the cosine computed a second way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+DTYPES = ("float32", "float16", "bfloat16")
+# Largest and smallest positive finite value.
+EXTREMES = {
+    "float32": (3.4028235e38, 1.401298464324817e-45),
+    "float16": (65504.0, 5.960464477539063e-08),
+    "bfloat16": (3.3895313892515355e38, 9.183549615799121e-41),
+}
+# float32 accumulation over up to about a thousand products, whatever the row dtype: its values are exact.
+TOLERANCE = 1e-6
+
+
+def stored(values: np.ndarray, dtype: str) -> tuple[np.ndarray, dict[str, Any], np.ndarray]:
+    """Rows in `dtype`, the keyword arguments they need, and the float64 values they hold. torch does the rounding."""
+    rounded = torch.from_numpy(np.ascontiguousarray(values)).to(getattr(torch, dtype))
+    exact = rounded.double().numpy()
+    if dtype == "bfloat16":
+        return rounded.view(torch.uint16).numpy(), {"row_dtype": "bfloat16"}, exact
+    return rounded.numpy(), {}, exact
+
+
+def awkward_rows(rng: np.random.Generator, count: int, width: int, dtype: str) -> np.ndarray:
+    """Float64 [count, width]: ordinary rows of many magnitudes, and in places rows at the edges of `dtype`."""
+    largest, smallest = EXTREMES[dtype]
+    values = rng.standard_normal((count, width))
+    values *= 10.0 ** rng.integers(-3, 3, size=(count, 1))
+    signs = rng.choice([-1.0, 1.0], size=(count, width))
+    for i in range(count):
+        match int(rng.integers(0, 16)):
+            case 0:
+                values[i] = 0.0
+            case 1:
+                values[i, rng.integers(width)] = np.nan
+            case 2:
+                values[i, rng.integers(width)] = rng.choice([np.inf, -np.inf])
+            case 3:
+                values[i] = largest * signs[i]
+            case 4:
+                values[i] = smallest * signs[i]
+            case 5:
+                values[i] = np.where(rng.random(width) < 0.5, largest, smallest) * signs[i]
+            case 6:
+                values[i] *= largest / 1e6
+            case 7:
+                values[i] = 0.0
+                values[i, rng.integers(width)] = smallest
+            case 8 if dtype != "float16":
+                values[i] *= 1e-21  # squares are denormal in float32
+            case 9 if dtype != "float16":
+                values[i] *= 1e21  # squares overflow in float32
+    return values
+
+
+def expected_scores(values: np.ndarray, directions: np.ndarray) -> np.ndarray:
+    """Float64 [N, K] cosines of float64 rows, one row at a time, NaN where there is none."""
+    expected = np.full((len(values), len(directions)), np.nan)
+    for i, row in enumerate(values):
+        if np.isfinite(row).all() and row.any():
+            for k, direction in enumerate(directions.astype(np.float64)):
+                v, b = row / np.abs(row).max(), direction / np.abs(direction).max()
+                expected[i, k] = np.dot(v, b) / (np.linalg.norm(v) * np.linalg.norm(b))
+    return expected
+
+
+def assert_scores(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Same NaN, same values within `TOLERANCE`, and no cosine beyond 1."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == np.float32
+    np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
+    assert not (np.abs(actual) > 1 + TOLERANCE).any()
