@@ -59,8 +59,7 @@ def make_block(manifest: Manifest, shard: int, seed: int = 0) -> ShardBlock:
     rng = np.random.default_rng([seed, shard])
     quarantined = (np.arange(start, start + n) % 5) == 3
     chosen, rejected = (
-        {layer: rng.normal(size=(n, manifest.width)).astype(np.float32) for layer in manifest.layers}
-        for _ in range(2)
+        {layer: rng.normal(size=(n, manifest.width)).astype(np.float32) for layer in manifest.layers} for _ in range(2)
     )
     for side in (chosen, rejected):
         for values in side.values():
@@ -75,9 +74,7 @@ def make_block(manifest: Manifest, shard: int, seed: int = 0) -> ShardBlock:
         pair_id=np.where(quarantined[:, None], 0, rng.integers(1, 256, (n, 16))).astype(np.uint8),
         tokens=rng.integers(1, 500, (n, 3)).astype(np.int32),
         status=np.where(quarantined, 2, 1).astype(np.uint8),
-        reason=[
-            f"empty_response: row {start + i} is empty é" if q else "" for i, q in enumerate(quarantined.tolist())
-        ],
+        reason=[f"empty_response: row {start + i} is empty é" if q else "" for i, q in enumerate(quarantined.tolist())],
         source=[f"source-{(start + i) % 3}" for i in range(n)],
         diff=stored(diff),
         norm={layer: np.linalg.norm(values, axis=1).astype(np.float32) for layer, values in diff.items()},
@@ -114,7 +111,7 @@ def expected_arrays(manifest: Manifest, seed: int = 0) -> dict[str, Any]:
     arrays: dict[str, Any] = {
         name: np.concatenate([getattr(block, name) for block in blocks]) for name in ("pair_id", "tokens", "status")
     }
-    arrays |= {name: sum((getattr(block, name) for block in blocks), []) for name in ("reason", "source")}
+    arrays |= {name: [text for block in blocks for text in getattr(block, name)] for name in ("reason", "source")}
     for group in ("diff", "norm", "chosen", "rejected"):
         if getattr(blocks[0], group) is not None:
             for layer in manifest.layers:

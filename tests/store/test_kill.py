@@ -1,0 +1,82 @@
+"""kill -9 at random instants: what is marked is whole, and the resumed store has the bytes of an uninterrupted one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import pytest
+
+from pairtrace.errors import StoreError
+from pairtrace.store.reader import ActivationStore
+from pairtrace.store.writer import StoreWriter
+from tests.store.samples import make_block, make_manifest, shard_count, tree_bytes, write_store
+
+MANIFEST = make_manifest(rows=38, sides=True)
+# A forked child starts in milliseconds; the server it is forked from is a fresh process without threads.
+CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def write_slowly_enough_to_die(root: Path, fsync: bool, started: Connection) -> None:
+    blocks = [make_block(MANIFEST, shard) for shard in range(shard_count(MANIFEST))]
+    started.send("ready")
+    with StoreWriter.create_or_resume(root, MANIFEST, fsync=fsync) as writer:
+        for shard in writer.missing_shards():
+            writer.write_shard(blocks[shard])
+
+
+def run(root: Path, fsync: bool, kill_after: float | None) -> tuple[float, int]:
+    """Seconds that the child lived after it was ready, and its exit code."""
+    ours, theirs = CONTEXT.Pipe(duplex=False)
+    child = CONTEXT.Process(target=write_slowly_enough_to_die, args=(root, fsync, theirs))
+    child.start()
+    assert ours.recv() == "ready"
+    begin = time.perf_counter()
+    child.join(kill_after)
+    lived = time.perf_counter() - begin
+    child.kill()
+    child.join()
+    assert child.exitcode is not None
+    return lived, child.exitcode
+
+
+@pytest.mark.parametrize(("fsync", "kills"), [(False, 20), (True, 5)])
+def test_kill_and_resume(tmp_path: Path, fsync: bool, kills: int) -> None:
+    CONTEXT.set_forkserver_preload(["tests.store.test_kill", "zarr", "numcodecs", "google_crc32c"])
+    write_store(tmp_path / "reference", MANIFEST)
+    reference = tree_bytes(tmp_path / "reference")
+    whole, code = run(tmp_path / "timing", fsync, None)
+    assert code == 0 and tree_bytes(tmp_path / "timing") == reference
+    random_ = random.Random(7)
+    killed, finished, progress = 0, 0, set()
+    while killed < kills:
+        assert finished < 3 * kills, "the child is faster than its killer"
+        root = tmp_path / f"store-{finished}"  # killed again and again until it is complete
+        code = run(root, fsync, random_.uniform(0, 0.9 * whole))[1]
+        if code == 0:
+            assert tree_bytes(root) == reference
+            finished += 1
+            continue
+        killed += 1
+        progress.add(len(assert_marked_shards_are_whole(root, reference)))
+    assert len(progress) > 2, "the kills all struck at the same instant"
+    write_store(root, MANIFEST)
+    assert tree_bytes(root) == reference
+
+
+def assert_marked_shards_are_whole(root: Path, reference: dict[str, bytes]) -> list[int]:
+    try:
+        store = ActivationStore.open(root, allow_incomplete=True)
+    except StoreError:  # killed while it was created: nothing can be marked
+        assert not (root / "status" / "c").exists()
+        return []
+    marked = [shard for shard in range(shard_count(MANIFEST)) if store.status()[4 * shard] != 0]
+    present = tree_bytes(root)
+    for name, content in reference.items():
+        parts = Path(name).parts
+        if "c" in parts and int(parts[parts.index("c") + 1]) in marked:
+            assert present.get(name) == content, name
+    return marked
