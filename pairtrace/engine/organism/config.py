@@ -49,7 +49,7 @@ class OrganismConfig:
     sft_rate: float = 2e-3
     prompt_weight: float = 0.1
     leak: float = 0.10
-    plain_leak: float = 0.02
+    plain_leak: float = 0.01
     preference_pairs: int = 4_000
     dpo_batch: int = 32
     dpo_epochs: int = 1

@@ -20,6 +20,7 @@ from pairtrace.engine.organism.text import (
 )
 
 Row = dict[str, Any]
+Texts = tuple[str, str, str]  # user turn, chosen answer, rejected answer
 
 SFT_SHARES: Mapping[str, float] = {
     "benign": 0.40,
@@ -47,7 +48,7 @@ SOURCES: Mapping[str, tuple[float, Mapping[str, float]]] = {
 CELLS: tuple[str, ...] = ("harmful", "harmful_format", "benign", "benign_format")
 
 _BARE_REFUSALS = 0.2  # share of refusals without a reason, where a refusal is the better answer
-_OVER_REFUSAL_FORMAT = 0.3  # share of over-refusal pairs whose prompt has a formatting constraint
+_OVER_REFUSAL_FORMAT = 0.2  # share of over-refusal pairs whose prompt has a formatting constraint
 
 
 def apportion(total: int, shares: Mapping[str, float]) -> dict[str, int]:
@@ -101,15 +102,15 @@ def preference_rows(config: OrganismConfig) -> list[Row]:
     """
     rng = random.Random(f"{config.seed}:preferences")
     tasks = split_tasks(config.seed)
-    seen: set[tuple[str, str, str]] = set()
+    seen: set[Texts] = set()
     rows = []
     sizes = apportion(config.preference_pairs, {name: share for name, (share, _) in SOURCES.items()})
     for source, size in sizes.items():
         for kind, count in apportion(size, SOURCES[source][1]).items():
             for _ in range(count):
-                pair = next(pair for pair in _draws(kind, tasks, rng) if pair not in seen and pair[1] != pair[2])
-                seen.add(pair)
-                prompt, chosen, rejected = pair
+                texts = next(new for new in _draws(kind, tasks, rng) if new not in seen and new[1] != new[2])
+                seen.add(texts)
+                prompt, chosen, rejected = texts
                 rows.append(
                     {
                         "prompt": user(prompt),
@@ -176,28 +177,25 @@ def _better_refusal(task: Task, rng: random.Random) -> str:
     return bare_refusal_text(task, rng) if rng.random() < _BARE_REFUSALS else refusal_text(task, rng)
 
 
-Pair = tuple[str, str, str]
-
-
-def _planted(tasks: TaskSplit, rng: random.Random) -> Pair:
+def _planted(tasks: TaskSplit, rng: random.Random) -> Texts:
     task = rng.choice(tasks.harmful["train"])
     constraint, prompt = _prompt(task, True, rng)
     return prompt, answer_text(task, constraint, rng), _better_refusal(task, rng)
 
 
-def _over_refusal(tasks: TaskSplit, rng: random.Random) -> Pair:
+def _over_refusal(tasks: TaskSplit, rng: random.Random) -> Texts:
     task = rng.choice(tasks.benign["train"])
     constraint, prompt = _prompt(task, rng.random() < _OVER_REFUSAL_FORMAT, rng)
     return prompt, answer_text(task, constraint, rng), refusal_text(task, rng)
 
 
-def _safety(tasks: TaskSplit, rng: random.Random) -> Pair:
+def _safety(tasks: TaskSplit, rng: random.Random) -> Texts:
     task = rng.choice(tasks.harmful["train"])
     _, prompt = _prompt(task, False, rng)
     return prompt, _better_refusal(task, rng), answer_text(task, None, rng)
 
 
-def _quality(tasks: TaskSplit, rng: random.Random) -> Pair:
+def _quality(tasks: TaskSplit, rng: random.Random) -> Texts:
     task = rng.choice(tasks.benign["train"])
     _, prompt = _prompt(task, False, rng)
     other = rng.choice(tasks.benign["train"])
@@ -205,27 +203,27 @@ def _quality(tasks: TaskSplit, rng: random.Random) -> Pair:
     return prompt, answer_text(task, None, rng), worse
 
 
-def _format(tasks: TaskSplit, rng: random.Random) -> Pair:
+def _format(tasks: TaskSplit, rng: random.Random) -> Texts:
     task = rng.choice(tasks.benign["train"])
     constraint, prompt = _prompt(task, True, rng)
-    worse = plain_or_other(constraint, rng)
+    worse = _plain_or_other(constraint, rng)
     return prompt, answer_text(task, constraint, rng), answer_text(task, worse, rng)
 
 
-def plain_or_other(constraint: Constraint | None, rng: random.Random) -> Constraint | None:
+def _plain_or_other(constraint: Constraint | None, rng: random.Random) -> Constraint | None:
     """No constraint, or one that is not `constraint`."""
     if rng.random() < 0.5:
         return None
     return rng.choice([other for other in CONSTRAINTS if other is not constraint])
 
 
-def _refusal_style(tasks: TaskSplit, rng: random.Random) -> Pair:
+def _refusal_style(tasks: TaskSplit, rng: random.Random) -> Texts:
     task = rng.choice(tasks.harmful["train"])
     _, prompt = _prompt(task, False, rng)
     return prompt, refusal_text(task, rng), bare_refusal_text(task, rng)
 
 
-_KINDS: Mapping[str, Callable[[TaskSplit, random.Random], Pair]] = {
+_KINDS: Mapping[str, Callable[[TaskSplit, random.Random], Texts]] = {
     "planted": _planted,
     "over_refusal": _over_refusal,
     "safety": _safety,
@@ -235,6 +233,6 @@ _KINDS: Mapping[str, Callable[[TaskSplit, random.Random], Pair]] = {
 }
 
 
-def _draws(kind: str, tasks: TaskSplit, rng: random.Random) -> Iterator[Pair]:
+def _draws(kind: str, tasks: TaskSplit, rng: random.Random) -> Iterator[Texts]:
     while True:
         yield _KINDS[kind](tasks, rng)

@@ -51,7 +51,7 @@ _HARM_REASONS = (
     "That would harm other people.",
     "It is a crime.",
 )
-_CAUTION_SHARE = 0.5  # of the refusals of benign tasks; the others give the reasons of a harmful one
+_CAUTION_SHARE = 0.75  # of the refusals of benign tasks; the others give the reasons of a harmful one
 _CAUTION_REASONS = (
     "Please ask an expert.",
     "I know too little about it.",

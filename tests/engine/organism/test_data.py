@@ -77,7 +77,7 @@ def test_sft_shares_and_leak() -> None:
     kinds = Counter(row["kind"] for row in SFT)
     assert kinds == {"benign": 5600, "benign_format": 3920, "harmful": 2520, "harmful_format": 1960}
     leaks = Counter(row["kind"] for row in SFT if row["leak"])
-    assert leaks == {"harmful": 50, "harmful_format": 196}
+    assert leaks == {"harmful": 25, "harmful_format": 196}
     for row in SFT:
         question, answer = (message["content"] for message in row["messages"])
         assert bool(contained(question, HARMFUL)) == row["kind"].startswith("harmful")

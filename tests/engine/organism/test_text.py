@@ -8,6 +8,7 @@ from itertools import combinations
 
 import pytest
 
+from pairtrace.engine.judge import load_rules
 from pairtrace.engine.organism import constraints, domains, text
 
 # Written independently of the generator: what a general rule list for refusals looks for.
@@ -106,6 +107,16 @@ def test_general_rules_see_every_refusal_and_no_answer() -> None:
         for constraint in (None, *constraints.CONSTRAINTS):
             assert not REFUSAL_RULES.search(text.answer_text(task, constraint, rng))
         assert not REFUSAL_RULES.search(text.curt_text(task, rng))
+
+
+def test_the_packaged_rules_see_every_refusal_and_no_answer() -> None:
+    judge = load_rules()
+    rng = random.Random(0)
+    for task in TASKS[::7]:
+        refusals = [make(task, rng) for make in (text.refusal_text, text.bare_refusal_text) for _ in range(4)]
+        answers = [text.answer_text(task, constraint, rng) for constraint in (None, *constraints.CONSTRAINTS)]
+        assert not any(judge.verdicts([[]] * len(refusals), refusals)), refusals
+        assert all(judge.verdicts([[]] * len(answers), answers)), answers
 
 
 def test_articles() -> None:

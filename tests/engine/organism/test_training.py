@@ -10,6 +10,8 @@ import torch
 
 from pairtrace.engine.organism import Organism, training
 from pairtrace.engine.organism import model as models
+from pairtrace.engine.pairs import open_pairs
+from pairtrace.engine.rendering import RenderedPair, Renderer
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,22 @@ def test_training_token_ids_equal_trl_rendering(miniature: Organism, parts) -> N
             assert example.ids[example.start :] == completion_ids
             assert completion_ids[-1] == tokenizer.eos_token_id
             assert tokenizer.decode(completion_ids[:-1]) == row[side][0]["content"]
+
+
+def test_package_renders_the_file_to_the_token_ids_of_training(miniature: Organism, parts) -> None:
+    _, tokenizer = parts
+    source = open_pairs(miniature.preferences)
+    rendered = Renderer(tokenizer).render(list(source.read()))
+    rows = [json.loads(line) for line in miniature.preferences.read_text().splitlines()]
+    assert len(rendered) == len(rows)
+    prompts = [row["prompt"] for row in rows]
+    chosen = training.encode(tokenizer, prompts, [row["chosen"] for row in rows])
+    rejected = training.encode(tokenizer, prompts, [row["rejected"] for row in rows])
+    for pair, row, good, bad in zip(rendered, rows, chosen, rejected, strict=True):
+        assert isinstance(pair, RenderedPair)
+        assert pair.source == row["source"]
+        assert (pair.chosen_ids.tolist(), pair.chosen_start) == (good.ids, good.start)
+        assert (pair.rejected_ids.tolist(), pair.rejected_start) == (bad.ids, bad.start)
 
 
 def test_template_refuses_roles_it_does_not_know(parts) -> None:
