@@ -42,7 +42,6 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family(),
     "qwen3_moe": Family(),
     "smollm3": Family(),
-    "stablelm": Family(),
     "starcoder2": Family(),
 }
 

@@ -18,6 +18,7 @@ from pairtrace.engine.architectures import Family, check_layers, family_of, trun
 from pairtrace.engine.checkpoint import (
     load_config,
     model_fingerprint,
+    quiet_transformers,
     resolve_checkpoint,
     resolve_device,
     resolve_dtype,
@@ -171,7 +172,6 @@ class HFBackend:
         """
         from safetensors import SafetensorError
         from transformers import AutoModel
-        from transformers.utils import logging as transformers_logging
 
         if not layers:
             raise ConfigError("no layer was given; expected at least one, for example --layers 20")
@@ -183,22 +183,18 @@ class HFBackend:
         wanted = tuple(sorted(set(layers)))
         check_layers(wanted, config)
         family = family_of(config, max_length)
-        verbosity = transformers_logging.get_verbosity()
-        # Transformers reports every weight of the blocks that are left out on purpose.
-        transformers_logging.set_verbosity_error()
         try:
-            base, report = AutoModel.from_pretrained(
-                path,
-                config=truncated_config(config, wanted[-1]),
-                dtype=resolve_dtype(dtype, config),
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-            )
+            with quiet_transformers():
+                base, report = AutoModel.from_pretrained(
+                    path,
+                    config=truncated_config(config, wanted[-1]),
+                    dtype=resolve_dtype(dtype, config),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                )
         except (OSError, SafetensorError, RuntimeError) as error:
             raise ModelError(f"the weights of {path} cannot be loaded: {error}") from error
-        finally:
-            transformers_logging.set_verbosity(verbosity)
         absent = set(report["missing_keys"]) - {f"{family.final_norm}.weight", f"{family.final_norm}.bias"}
         if absent:
             raise ModelError(f"{path} lacks {len(absent)} weights of the model, for example {sorted(absent)[0]}")

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,10 +31,15 @@ def resolve_checkpoint(model: str | Path) -> Path:
     Raises:
         ModelError: the directory has no `config.json`, or the id can neither be found nor fetched.
     """
+    path = _local_directory(model)
+    if not (path / "config.json").is_file():
+        raise ModelError(f"{path} is not a checkpoint: it has no config.json")
+    return path
+
+
+def _local_directory(model: str | Path) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} is not a checkpoint: it has no config.json")
         return path
     if path.exists():
         raise ModelError(f"{path} is a file; expected a checkpoint directory with config.json and *.safetensors")
@@ -70,7 +77,7 @@ def load_tokenizer(model: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    path = resolve_checkpoint(model)
+    path = _local_directory(model)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -131,6 +138,23 @@ def model_fingerprint(model: str | Path) -> str:
     for file, file_digest in zip(files, digests, strict=True):
         overall.update(f"{file.name}={file_digest}\n".encode())
     return overall.hexdigest()
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' loading bars and its list of weights that are left out on purpose."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def resolve_device(device: str) -> torch.device:

@@ -196,7 +196,7 @@ def extract(config: ExtractConfig, progress: Progress = NULL_PROGRESS) -> Extrac
         compatible(other.manifest, manifest)
     with StoreWriter.create_or_resume(config.store, manifest, fsync=config.fsync) as writer:
         missing = writer.missing_shards()
-        loop = ShardLoop(source, renderer, writer, others, progress)
+        loop = ShardLoop(source, renderer, writer, config.store, others, progress)
         if missing:
             backend = HFBackend.load(
                 config.model,

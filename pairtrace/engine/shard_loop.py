@@ -49,6 +49,7 @@ class ShardLoop:
         source: the data.
         renderer: turns its pairs into token ids.
         writer: the open store.
+        store: its path.
         others: stores to copy known pairs from, already found compatible.
         progress: hears of every pack.
     """
@@ -58,12 +59,14 @@ class ShardLoop:
         source: PairSource,
         renderer: Renderer,
         writer: StoreWriter,
+        store: str,
         others: Sequence[ActivationStore],
         progress: Progress,
     ) -> None:
         self.source = source
         self.renderer = renderer
         self.writer = writer
+        self.store = store
         self.others = others
         self.progress = progress
         # The store keeps the shard size that it was created with.
@@ -124,7 +127,7 @@ class ShardLoop:
         known = PairIndex(self.others) if self.others else None
         seen = SeenPairs()
         todo = set(missing)
-        present = ActivationStore.open(self.writer.path, allow_incomplete=True).pair_ids()
+        present = ActivationStore.open(self.store, allow_incomplete=True).pair_ids()
         pairs: Iterator[Pair] = iter(())
         for index in range(max(missing) + 1):
             rows = self._rows(index)
@@ -142,5 +145,5 @@ class ShardLoop:
 
     def _write(self, finished: Channel[tuple[ShardWork, ShardBlock]]) -> None:
         for work, block in finished:
-            fill_copies(block, work, self.others, self.writer.path)
+            fill_copies(block, work, self.others, self.store)
             self.writer.write_shard(block)
