@@ -104,8 +104,9 @@ def _guess(
     guesses = Counter(guess for record in sample if (guess := _guess_row(record, prompt, chosen, rejected)) is not None)
     found = ", ".join(columns)
     if not guesses:
+        first = sample[0] if sample else {}
         kinds = ", ".join(
-            f"{column}: {kind_name(sample[0].get(column))}" for column in (prompt, chosen, rejected) if column
+            f"{column}: {kind_name(first.get(column))}" for column in (prompt, chosen, rejected) if column
         )
         raise DataFormatError(
             f"{name}: the format is not recognisable (first row: {kinds}); columns found: {found}; {_UNDERSTOOD}"
