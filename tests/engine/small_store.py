@@ -14,6 +14,7 @@ from pairtrace.store.manifest import Manifest
 from pairtrace.store.writer import ShardBlock, StoreWriter
 
 MODEL = "1" * 64
+TOKENIZER = "2" * 64
 TEMPLATE = "3" * 64
 
 
@@ -62,7 +63,7 @@ def make_store(
         compute_dtype="float32",
         model="m0",
         model_fingerprint=MODEL,
-        tokenizer_fingerprint="2" * 64,
+        tokenizer_fingerprint=TOKENIZER,
         template_fingerprint=TEMPLATE,
         data_fingerprint=opened.fingerprint,
         data=data,
