@@ -29,6 +29,8 @@ _ROUNDING = {
     "float32": (1e-5, 2.0**-126),
 }
 
+_NORM_ROWS = 64  # few enough to stay in the processor's cache
+
 
 class ProgressLike(Protocol):
     """Receives progress; one stage, counted in shards."""
@@ -222,8 +224,9 @@ def _check_vectors(
     ok = status == OK
     bad = nonfinite_rows(rows, manifest.dtype)
     yield from _row_problem(name, ok & bad, "an ok row holds NaN or infinity", shard, span)
-    nonzero = (_as_float32(rows, manifest) != 0).any(axis=1)
-    yield from _row_problem(name, (status == QUARANTINED) & nonzero, "a quarantined row is not zero", shard, span)
+    moved = status == QUARANTINED
+    moved[moved] = (_as_float64(rows[moved], manifest) != 0).any(axis=1)
+    yield from _row_problem(name, moved, "a quarantined row is not zero", shard, span)
     norm_name = f"norm/{layer}"
     if kind != "diff" or norm_name not in small:
         return
@@ -232,8 +235,10 @@ def _check_vectors(
         norm_name, (status == QUARANTINED) & (written != 0), "a quarantined row has a norm", shard, span
     )
     relative, tiny = _ROUNDING[manifest.dtype]
-    wide = _as_float32(np.where((ok & ~bad)[:, None], rows, rows.dtype.type(0)), manifest)
-    recomputed = np.sqrt(np.einsum("nd,nd->n", wide, wide, dtype=np.float64))
+    recomputed = np.empty(len(rows))
+    for start in range(0, len(rows), _NORM_ROWS):
+        wide = _as_float64(rows[start : start + _NORM_ROWS], manifest)
+        recomputed[start : start + _NORM_ROWS] = np.sqrt(np.einsum("nd,nd->n", wide, wide))
     allowed = relative * recomputed + tiny * np.sqrt(manifest.width)
     # Written this way round, a NaN norm is a problem as well.
     differs = ok & ~bad & ~(np.abs(written - recomputed) <= allowed)
@@ -248,7 +253,7 @@ def _row_problem(name: str, bad: np.ndarray, what: str, shard: int, span: tuple[
         yield Problem(array=name, shard=shard, rows=(first, last + 1), what=what + many)
 
 
-def _as_float32(rows: np.ndarray, manifest: Manifest) -> np.ndarray:
+def _as_float64(rows: np.ndarray, manifest: Manifest) -> np.ndarray:
     if manifest.dtype == "bfloat16":
-        return (rows.astype(np.uint32) << 16).view(np.float32)
-    return rows.astype(np.float32)
+        rows = (rows.astype(np.uint32) << 16).view(np.float32)
+    return rows.astype(np.float64)

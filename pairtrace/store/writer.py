@@ -21,7 +21,6 @@ from pairtrace.store.layout import (
     MISSING,
     OK,
     QUARANTINED,
-    ArraySpec,
     array_specs,
     nonfinite_rows,
 )
@@ -163,10 +162,9 @@ class StoreWriter:
         ):
             # A damaged shard that is written again must not keep its mark meanwhile.
             self._location.remove(status.key(block.index), durable=self._fsync)
-            for name, spec in self._specs.items():
-                if spec is not status:
-                    self._put(spec, block.index, values[name])
-            self._put(status, block.index, values["status"])
+            mark = {"status": values.pop("status")}
+            self._put(block.index, values)
+            self._put(block.index, mark)
 
     def close(self) -> None:
         """Let go of the lock. Nothing is buffered, so nothing is written here."""
@@ -182,8 +180,10 @@ class StoreWriter:
     ) -> None:
         self.close()
 
-    def _put(self, spec: ArraySpec, shard: int, values: np.ndarray | list[str]) -> None:
-        self._location.write(spec.key(shard), encode(spec, values), durable=self._fsync)
+    def _put(self, shard: int, values: Mapping[str, np.ndarray | list[str]]) -> None:
+        specs = {name: self._specs[name] for name in values}
+        objects = {spec.key(shard): encode(spec, values[name]) for name, spec in specs.items()}
+        self._location.write(objects, durable=self._fsync)
 
     def _is_complete(self, shard: int) -> bool:
         status = self._specs["status"]
