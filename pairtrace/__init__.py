@@ -1,5 +1,62 @@
-"""pairtrace: which preference pairs taught the model this behaviour?"""
+"""pairtrace: which preference pairs taught the model this behaviour?
+
+    from pairtrace import BehaviorConfig, ExtractConfig, ScoreConfig, build_behavior, extract, score, top
+
+Names are imported when they are first used, so `import pairtrace` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from pairtrace.version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from pairtrace.engine.behavior import BehaviorConfig, build_behavior
+    from pairtrace.engine.extract import ExtractConfig, extract
+    from pairtrace.engine.pairs import open_pairs
+    from pairtrace.engine.plan import PlanConfig, plan
+    from pairtrace.engine.ranking import sources, top
+    from pairtrace.engine.score import ScoreConfig, score
+    from pairtrace.store.reader import ActivationStore
+    from pairtrace.store.verify import verify
+
+__all__ = [
+    "ActivationStore",
+    "BehaviorConfig",
+    "ExtractConfig",
+    "PlanConfig",
+    "ScoreConfig",
+    "__version__",
+    "build_behavior",
+    "extract",
+    "open_pairs",
+    "plan",
+    "score",
+    "sources",
+    "top",
+    "verify",
+]
+
+_HOMES = {
+    "ActivationStore": "pairtrace.store.reader",
+    "BehaviorConfig": "pairtrace.engine.behavior",
+    "ExtractConfig": "pairtrace.engine.extract",
+    "PlanConfig": "pairtrace.engine.plan",
+    "ScoreConfig": "pairtrace.engine.score",
+    "build_behavior": "pairtrace.engine.behavior",
+    "extract": "pairtrace.engine.extract",
+    "open_pairs": "pairtrace.engine.pairs",
+    "plan": "pairtrace.engine.plan",
+    "score": "pairtrace.engine.score",
+    "sources": "pairtrace.engine.ranking",
+    "top": "pairtrace.engine.ranking",
+    "verify": "pairtrace.store.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'pairtrace' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

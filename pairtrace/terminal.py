@@ -1,0 +1,116 @@
+"""What the front door shows: progress bars on stderr, and summaries as text. Nothing here prints."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pairtrace.engine.ranking import RankedPair, SourceShare
+
+
+class Bars:
+    """Draws the progress of one stage after another on stderr; implements `engine.progress.Progress`."""
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def start(self, stage: str, total: int | None, unit: str) -> None:
+        """Begin a bar of `total` units."""
+        from rich import progress
+        from rich.console import Console
+
+        self.finish()
+        columns = (
+            progress.TextColumn("{task.description:>26}"),
+            progress.BarColumn(),
+            progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
+            progress.TextColumn("{task.fields[rates]}"),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("left"),
+            progress.TimeRemainingColumn(),
+        )
+        self._bar = progress.Progress(*columns, console=Console(stderr=True))
+        self._bar.start()
+        self._bar.add_task(stage, total=total or 0, unit=unit, rates="")
+
+    def advance(self, done: int, **figures: float) -> None:
+        """Move on; every figure is a running total and shown as a rate."""
+        if self._bar is None:
+            return
+        task = self._bar.tasks[0]
+        elapsed = max(task.elapsed or 0.0, 1e-9)
+        rates = [f"{(task.completed + done) / elapsed:,.1f} {task.fields['unit']}/s"]
+        rates += [f"{value / elapsed:,.0f} {name}/s" for name, value in figures.items()]
+        self._bar.update(task.id, advance=done, rates=", ".join(rates))
+
+    def finish(self) -> None:
+        """End the bar and leave it on the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def summary_text(summary: dict[str, Any]) -> str:
+    """A summary as aligned lines; lists of mappings or texts get a line each."""
+    width = max(len(name) for name in summary)
+    lines = []
+    for name, value in summary.items():
+        if isinstance(value, list | tuple) and value and isinstance(value[0], dict | str):
+            lines.append(f"{name:>{width}}:")
+            lines += [f"{'':>{width}}  {_inline(item)}" for item in value]
+        else:
+            lines.append(f"{name:>{width}}: {_inline(value)}")
+    return "\n".join(lines)
+
+
+def _inline(value: Any) -> str:
+    match value:
+        case dict():
+            return ", ".join(f"{name} {_inline(item)}" for name, item in value.items()) or "none"
+        case list() | tuple():
+            return ", ".join(_inline(item) for item in value) or "none"
+        case None:
+            return "-"
+        case bool():
+            return "yes" if value else "no"
+        case int():
+            return f"{value:,}"
+        case float():
+            return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+        case _:
+            return str(value)
+
+
+def pair_text(pair: RankedPair, width: int) -> str:
+    """A ranked pair on four lines; each text is cut to `width` characters, 0 for no limit."""
+    figures = f"score {pair.score:+.4f}  percentile {pair.percentile:.2f}  row {pair.row}"
+    lines = [f"#{pair.rank}  {figures}  {pair.source}".rstrip()]
+    for side in ("prompt", "chosen", "rejected"):
+        lines.append(f"  {side:>8}: {_shorten(getattr(pair, side), width)}")
+    return "\n".join(lines)
+
+
+def _shorten(text: Any, width: int) -> str:
+    if isinstance(text, list):
+        text = " ".join(f"[{message.get('role')}] {message.get('content')}" for message in text)
+    flat = " ".join(str(text).split())
+    return flat if not width or len(flat) <= width else flat[: width - 1] + "…"
+
+
+def sources_table(shares: Sequence[SourceShare]) -> str:
+    """Sources as an aligned table, in the order given."""
+    name = max([len("source"), *(len(share.source) for share in shares)])
+    lines = [
+        f"{'source':<{name}} {'rows':>9} {'of data':>8} {'in top':>7} {'of top':>8} {'(interval)':>15} "
+        f"{'lift':>6} {'(interval)':>15} {'rate':>8} {'(interval)':>15}"
+    ]
+    for share in shares:
+        top, lift, rate = share.share_of_top_interval, share.lift_interval, share.rate_interval
+        lines.append(
+            f"{share.source:<{name}} {share.rows:>9,} {share.share_of_data:>8.2%} {share.top_rows:>7,} "
+            f"{share.share_of_top:>8.2%} {f'({top[0]:.1%} - {top[1]:.1%})':>15} "
+            f"{share.lift:>6.2f} {f'({lift[0]:.2f} - {lift[1]:.2f})':>15} "
+            f"{share.rate:>8.2%} {f'({rate[0]:.1%} - {rate[1]:.1%})':>15}"
+        )
+    return "\n".join(lines)
