@@ -346,7 +346,8 @@ def test_cosine_max_never_holds_scores_beyond_a_block(monkeypatch: pytest.Monkey
 def _plain_float32(rows: np.ndarray, bank: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         wide, units = rows.astype(np.float32), bank / np.linalg.norm(bank, axis=1, keepdims=True)
-        return (wide @ units.T / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float32)
+        scores: np.ndarray = (wide @ units.T / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float32)
+    return scores
 
 
 def _float16_sums(rows: np.ndarray, bank: np.ndarray) -> np.ndarray:
