@@ -1,0 +1,137 @@
+"""What every benchmark shares: interleaved runs, medians with spread, claims, and a JSON record with the hardware."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+LIBRARIES = ("pairtrace", "torch", "transformers", "numpy", "numba", "zarr", "pyarrow")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Seconds of one competitor: the median, the extremes and every run."""
+
+    median: float
+    lowest: float
+    highest: float
+    runs: tuple[float, ...]
+
+    @classmethod
+    def of(cls, runs: list[float]) -> Timing:
+        return cls(median=statistics.median(runs), lowest=min(runs), highest=max(runs), runs=tuple(runs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """A statement that a run either bears out or not."""
+
+    name: str
+    value: float
+    target: float
+    holds: bool
+
+
+def at_least(name: str, value: float, target: float) -> Claim:
+    return Claim(name=name, value=value, target=target, holds=value >= target)
+
+
+def interleave(
+    competitors: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+    warm_up: int = 1,
+) -> dict[str, Timing]:
+    """Run all competitors in turn, `repeats` times over, so that a change of the machine's mood meets all alike."""
+    for _ in range(warm_up):
+        for run in competitors.values():
+            run()
+    seconds: dict[str, list[float]] = {name: [] for name in competitors}
+    for number in range(repeats):
+        for name, run in competitors.items():
+            begun = clock()
+            run()
+            seconds[name].append(clock() - begun)
+            print(f"  round {number + 1}/{repeats}  {name}: {seconds[name][-1]:.3f} s", file=sys.stderr, flush=True)
+    return {name: Timing.of(runs) for name, runs in seconds.items()}
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, memory, accelerator and load of the machine that ran the benchmark."""
+    description: dict[str, Any] = {
+        "processor": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "load_average": [round(value, 2) for value in os.getloadavg()],
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+    import torch
+
+    if torch.cuda.is_available():
+        description["gpu"] = torch.cuda.get_device_name()
+        description["cuda"] = torch.version.cuda
+    return description
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def versions() -> dict[str, str]:
+    installed = {}
+    for name in LIBRARIES:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            installed[name] = "not installed"
+    return installed
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    options.add_argument("--quick", action="store_true", help="a small form that finishes within a minute or two")
+    options.add_argument("--out", type=Path, help="JSON file to write [default: results/NAME.json; none with --quick]")
+    return options
+
+
+def record(
+    name: str, options: argparse.Namespace, *, workload: dict[str, Any], results: dict[str, Any], claims: list[Claim]
+) -> dict[str, Any]:
+    """Write the JSON record of a run and show its claims."""
+    content = {
+        "benchmark": name,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "quick": options.quick,
+        "hardware": hardware(),
+        "versions": versions(),
+        "workload": workload,
+        "results": results,
+        "claims": [asdict(claim) for claim in claims],
+    }
+    path: Path | None = options.out or (None if options.quick else RESULTS / f"{name}.json")
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for claim in claims:
+        print(f"{'holds' if claim.holds else 'FAILS'}  {claim.name}: {claim.value:.3f} (target {claim.target})")
+    if path is not None:
+        print(f"written to {path}")
+    return content
