@@ -32,7 +32,7 @@ class Cell:
         rollouts: all responses.
         missing: responses without a verdict.
         shown: responses that show the behaviour.
-        rate: shown / (rollouts - missing); NaN when nothing was decided.
+        rate: shown / (rollouts - missing); None when nothing was decided.
         interval: 95 % Wilson interval of the rate. Rollouts of one prompt are treated as independent.
     """
 
@@ -41,7 +41,7 @@ class Cell:
     rollouts: int
     missing: int
     shown: int
-    rate: float
+    rate: float | None
     interval: tuple[float, float]
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,6 +203,6 @@ def _cell(cell: int, rollouts: int, decided: int, shown: int) -> Cell:
         rollouts=rollouts,
         missing=rollouts - decided,
         shown=shown,
-        rate=shown / decided if decided else float("nan"),
+        rate=shown / decided if decided else None,
         interval=wilson_interval(shown, decided),
     )

@@ -59,7 +59,7 @@ class BehaviorScores:
         name: of the behaviour.
         kind: "vector" or "bank".
         directions: K.
-        mean, lowest, highest: over the rows with a score; NaN if there are none.
+        mean, lowest, highest: over the rows with a score; None if there are none.
         undefined: rows with activations but without a cosine (zero or not finite).
         top_row: row of the highest score, or None.
     """
@@ -67,9 +67,9 @@ class BehaviorScores:
     name: str
     kind: str
     directions: int
-    mean: float
-    lowest: float
-    highest: float
+    mean: float | None
+    lowest: float | None
+    highest: float | None
     undefined: int
     top_row: int | None
 
@@ -243,9 +243,9 @@ def _describe(direction: Direction, scores: np.ndarray, usable: np.ndarray) -> B
         name=direction.name,
         kind=direction.kind,
         directions=len(direction.values),
-        mean=float(defined.mean()) if defined.size else float("nan"),
-        lowest=float(defined.min()) if defined.size else float("nan"),
-        highest=float(defined.max()) if defined.size else float("nan"),
+        mean=float(defined.mean()) if defined.size else None,
+        lowest=float(defined.min()) if defined.size else None,
+        highest=float(defined.max()) if defined.size else None,
         undefined=int((usable & np.isnan(scores)).sum()),
         top_row=int(np.nanargmax(scores)) if defined.size else None,
     )
