@@ -74,19 +74,31 @@ def decode(raw: RawBytes, spec: ArraySpec, shard: int, *, checksum: bool) -> np.
     return rows.reshape(stop - start, *spec.row_shape)
 
 
+def find_chunk(location: Location, spec: ArraySpec, shard: int, *, checksum: bool = True) -> np.ndarray | None:
+    """The rows of one shard of one array (see `decode`), or None when there is no such chunk.
+
+    Raises:
+        StoreDamagedError: the chunk has the wrong length or (if compared) the wrong checksum.
+    """
+    raw = location.read(spec.key(shard))
+    if raw is None:
+        return None
+    try:
+        return decode(raw, spec, shard, checksum=checksum)
+    except ValueError as error:
+        raise damaged(location, spec, shard, str(error)) from error
+
+
 def read_chunk(location: Location, spec: ArraySpec, shard: int, *, checksum: bool = True) -> np.ndarray:
     """The rows of one shard of one array; see `decode`.
 
     Raises:
         StoreDamagedError: the chunk is missing, has the wrong length, or (if compared) the wrong checksum.
     """
-    raw = location.read(spec.key(shard))
-    if raw is None:
+    rows = find_chunk(location, spec, shard, checksum=checksum)
+    if rows is None:
         raise damaged(location, spec, shard, "its chunk is missing")
-    try:
-        return decode(raw, spec, shard, checksum=checksum)
-    except ValueError as error:
-        raise damaged(location, spec, shard, str(error)) from error
+    return rows
 
 
 def damaged(location: Location, spec: ArraySpec, shard: int, what: str) -> StoreDamagedError:

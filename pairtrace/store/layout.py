@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from pairtrace.store.manifest import Manifest, StoreDtype
+from pairtrace.store.manifest import Manifest
 
 if TYPE_CHECKING:
     import zarr
@@ -149,7 +149,15 @@ def create_arrays(group: zarr.Group, manifest: Manifest) -> None:
         )
 
 
-def nonfinite_rows(values: np.ndarray, dtype: StoreDtype) -> npt.NDArray[np.bool_]:
+# For each element type: unsigned integer of the same width, its bits without the sign, the bits of infinity.
+_BITS: dict[str, tuple[str, int, int]] = {
+    "float16": ("u2", 0x7FFF, 0x7C00),
+    "bfloat16": ("u2", 0x7FFF, 0x7F80),
+    "float32": ("u4", 0x7FFFFFFF, 0x7F800000),
+}
+
+
+def nonfinite_rows(values: np.ndarray, dtype: str) -> npt.NDArray[np.bool_]:
     """Which rows hold a NaN or an infinity.
 
     Args:
@@ -159,13 +167,8 @@ def nonfinite_rows(values: np.ndarray, dtype: StoreDtype) -> npt.NDArray[np.bool
     Returns:
         bool [n].
     """
-    # Without its sign, a number's bits are at least those of infinity: one integer maximum per row, where
-    # isfinite would convert every half float.
-    bits, infinity = {
-        "float16": (np.uint16, 0x7C00),
-        "bfloat16": (np.uint16, 0x7F80),
-        "float32": (np.uint32, 0x7F800000),
-    }[dtype]
-    raw = values.view(bits)
-    found: npt.NDArray[np.bool_] = (raw & ~bits(1 << (8 * raw.itemsize - 1))).max(axis=1) >= infinity
+    # Without its sign, such a number's bits are at least those of infinity: one integer maximum per row,
+    # where isfinite would convert every half float.
+    kind, magnitude, infinity = _BITS[dtype]
+    found: npt.NDArray[np.bool_] = (values.view(kind) & magnitude).max(axis=1) >= infinity
     return found

@@ -95,6 +95,8 @@ class LocalLocation:
             return (self.root / key).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise StoreError(f"{self.root / key} cannot be read: {error}") from error
 
     def write(self, objects: Mapping[str, Sequence[RawBytes]], *, durable: bool) -> None:
         """Write beside, make durable, rename: a reader or a crash sees the old object or the new one.

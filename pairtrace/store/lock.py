@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
+import logging
 import os
 import socket
 from pathlib import Path
 from types import TracebackType
 
 from pairtrace.errors import StoreLockedError
+
+logger = logging.getLogger(__name__)
+
+# Some network file systems are mounted without locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
 # Inside the directory of an array, where Zarr readers look for nothing but chunks: beside the arrays, a
 # group listing would warn about an object that is no Zarr node.
@@ -36,16 +44,19 @@ class WriterLock:
             raise StoreLockedError(
                 f"{root} is being written by {holder}; wait for it to finish, or use another --store path"
             ) from error
-        except OSError:
-            self._close()
-            raise
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                self._close()
+                raise
+            logger.warning("%s: this file system has no locks; make sure that only one writer runs", root)
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def release(self) -> None:
         """Let another process write."""
         if self._handle is not None:
-            fcntl.flock(self._handle, fcntl.LOCK_UN)
+            with contextlib.suppress(OSError):  # a file system without locks; closing is enough then
+                fcntl.flock(self._handle, fcntl.LOCK_UN)
             self._close()
 
     def _close(self) -> None:

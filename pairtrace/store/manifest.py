@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 from pairtrace.errors import ConfigError, StoreDamagedError, StoreMismatchError, StoreSchemaError
 
 SCHEMA_VERSION = 1
 ATTRIBUTE = "pairtrace"
 
-StoreDtype = Literal["float16", "float32", "bfloat16"]
-DTYPES: tuple[StoreDtype, ...] = ("float16", "float32", "bfloat16")
+DTYPES = ("float16", "float32", "bfloat16")
 TRUNCATIONS = ("keep_start", "keep_end")
 
 # Compared in this order, so that the first difference named is the most telling one.
@@ -51,7 +50,8 @@ class Manifest:
         rows: N, rows of the data set, quarantined ones included.
         width: D, width of the residual stream.
         layers: numbers of the layers kept (blocks passed; 0 is the embedding output), ascending.
-        dtype: element type of diff, chosen and rejected; bfloat16 is stored as its uint16 bits.
+        dtype: element type of diff, chosen and rejected: "float16", "float32" or "bfloat16" (stored as its
+            uint16 bits).
         sides: whether chosen and rejected are kept beside their difference.
         shard_rows: S, rows per shard. The last chunk of each array is padded to S rows on disk.
         compute_dtype: element type of the forward pass.
@@ -76,7 +76,7 @@ class Manifest:
     rows: int
     width: int
     layers: tuple[int, ...]
-    dtype: StoreDtype = "float16"
+    dtype: str = "float16"
     sides: bool = False
     shard_rows: int
     compute_dtype: str

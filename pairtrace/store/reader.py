@@ -11,17 +11,29 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from pairtrace.errors import ConfigError, LayerError, StoreIncompleteError
-from pairtrace.store.chunks import damaged, read_chunk
+from pairtrace.store.chunks import damaged, find_chunk, read_chunk
 from pairtrace.store.layout import MISSING, OK, QUARANTINED, ROW_ARRAYS, ArraySpec, array_specs
 from pairtrace.store.location import Location, StorePath, open_location
 from pairtrace.store.lock import LOCK_KEY
 from pairtrace.store.manifest import Manifest
 from pairtrace.store.metadata import require_manifest
+
+
+class StoreSummary(TypedDict):
+    """Counts of rows, bytes on disk, and quarantined rows by reason code."""
+
+    rows: int
+    ok: int
+    quarantined: int
+    missing: int
+    bytes: int
+    reasons: dict[str, int]
 
 
 class ActivationStore:
@@ -97,7 +109,7 @@ class ActivationStore:
         view.flags.writeable = False
         return view
 
-    def summary(self) -> dict[str, int | dict[str, int]]:
+    def summary(self) -> StoreSummary:
         """Counts: rows, ok, quarantined, missing, bytes on disk, and quarantined rows by reason code."""
         counts = np.bincount(self._status, minlength=3)
         quarantined = self._status == QUARANTINED
@@ -187,7 +199,10 @@ class ActivationStore:
             StoreDamagedError: a chunk is missing or has the wrong length.
         """
         spec = self._row_spec(layer, array)
-        wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
+        asked = np.asarray(rows)
+        if asked.ndim != 1 or (asked.size and asked.dtype.kind not in "iu"):
+            raise ConfigError(f"rows must be a list of row numbers, not {asked.dtype} {list(asked.shape)}")
+        wanted = asked.astype(np.int64)
         outside = wanted[(wanted < 0) | (wanted >= self.rows)]
         if outside.size:
             raise ConfigError(f"row {outside[0]} is outside the store, which has rows 0 to {self.rows - 1}")
@@ -254,10 +269,10 @@ def _read_status(location: Location, spec: ArraySpec) -> npt.NDArray[np.uint8]:
     """
     status = np.zeros(spec.rows, np.uint8)
     for shard in range(spec.shards):
-        if location.size(spec.key(shard)) is None:
+        values = find_chunk(location, spec, shard)
+        if values is None:
             continue
         start, stop = spec.span(shard)
-        values = read_chunk(location, spec, shard)
         if not np.isin(values, (OK, QUARANTINED)).all():
             raise damaged(location, spec, shard, "its mark holds rows without a status")
         status[start:stop] = values

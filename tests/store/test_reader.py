@@ -140,6 +140,9 @@ def test_what_is_not_in_the_store(tmp_path: Path) -> None:
     for row in (-1, 10):
         with pytest.raises(ConfigError, match=f"row {row} is outside .* rows 0 to 9"):
             store.take(2, [0, row])
+    for rows in (np.ones(10, bool), [1.0], [[1]], 3):
+        with pytest.raises(ConfigError, match="list of row numbers"):
+            store.take(2, rows)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="block_rows"):
         store.blocks(2, block_rows=0)
 

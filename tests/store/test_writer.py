@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -365,6 +366,19 @@ def test_the_lock_dies_with_its_process(tmp_path: Path) -> None:
         other.send_signal(signal.SIGKILL)
         other.wait()
         StoreWriter.create_or_resume(tmp_path, manifest).close()
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(handle: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with caplog.at_level(logging.WARNING):
+        write_store(tmp_path, make_manifest())
+    assert "only one writer" in caplog.text
+    ActivationStore.open(tmp_path)
 
 
 def test_readers_are_not_locked_out(tmp_path: Path) -> None:
