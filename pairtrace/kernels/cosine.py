@@ -2,7 +2,7 @@
 
 Letters: N pairs (rows), D width, K directions.
 
-Rows are never converted as a whole: the fused kernels read them in their stored format, the others go by blocks.
+Rows are never converted as a whole: the kernels read them in their stored format, the reference goes by blocks.
 A row that is zero or holds NaN or infinity scores NaN, never 0. Every other row has a finite score, whatever its
 magnitude (denormal rows and rows whose squared norm leaves the float32 range included); rounding can carry a score past
 1 by a few float32 steps.
@@ -39,12 +39,12 @@ RowDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 Array: TypeAlias = "np.ndarray | torch.Tensor"
 RowsT = TypeVar("RowsT", np.ndarray, "torch.Tensor")
 
-# Up to this many directions the fused kernel keeps pace with memory; beyond, a blocked matrix product is faster.
+# Up to this many directions it is faster to decode a row again for every four of them than to keep it in float32.
 FUSED_DIRECTIONS = 8
 # Values (4 to 8 bytes each) that a block of converted rows or of scores may hold.
 BLOCK_VALUES = 1 << 20
 # Scores per call of a kernel that reads the rows in place.
-FUSED_BLOCK_VALUES = 1 << 24
+IN_PLACE_BLOCK_VALUES = 1 << 22
 DEVICE_BLOCK_VALUES = 1 << 26
 
 _reported: set[str] = set()
@@ -78,7 +78,7 @@ def _numba_block(words: np.ndarray, units: np.ndarray, norms: np.ndarray | None,
 
     Args:
         words: as for the reference; any strides.
-        units: float32 unit directions, [K, D] or, for the fused kernel, padded as it asks.
+        units: float32 unit directions, padded as the kernels ask.
         norms: as for the reference.
         count: K.
 
@@ -99,13 +99,8 @@ def _numba_block(words: np.ndarray, units: np.ndarray, norms: np.ndarray | None,
     flat = np.lib.stride_tricks.as_strided(words, ((n - 1) * stride + width,), (size,), writeable=False)
     lengths = np.empty(0, np.float32) if norms is None else np.array(norms)
     scores = np.empty((n, count), np.float32)
-    if count <= FUSED_DIRECTIONS:
-        cosine_numba.fused_scores(flat, stride, units, lengths, scores)
-    else:
-        converted = np.empty((n, width), np.float32)
-        cosine_numba.unit_rows(flat, stride, lengths, converted)
-        with np.errstate(invalid="ignore"):
-            np.matmul(converted, units.T, out=scores)
+    kernel = cosine_numba.fused_scores if count <= FUSED_DIRECTIONS else cosine_numba.tiled_scores
+    kernel(flat, stride, units, lengths, scores)
     return scores
 
 
@@ -180,13 +175,12 @@ def _plan(
                 host_words(rows[start:stop], row_dtype), units, block_norms(start, stop)
             ),
         )
-    fused = K <= FUSED_DIRECTIONS
-    padding = -K % 4 if fused and K > 1 else 0
+    padding = -K % 4 if K > 1 else 0
     small_units = np.concatenate([units, np.zeros((padding, width))]).astype(np.float32)
-    in_place = fused and rows_are_dense(host_words(rows, row_dtype))
+    in_place = rows_are_dense(host_words(rows, row_dtype))
     return (
         K,
-        max(1, FUSED_BLOCK_VALUES // K) if in_place else dense_block,
+        max(1, IN_PLACE_BLOCK_VALUES // K) if in_place else dense_block,
         lambda start, stop: _numba_block(
             host_words(rows[start:stop], row_dtype), small_units, block_norms(start, stop), K
         ),

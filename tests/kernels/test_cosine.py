@@ -85,7 +85,7 @@ def test_scores_equal_float64_for_any_dtype_shape_layout_and_block(
     rows = LAYOUTS[layout](rows)
     bank = rng.standard_normal((directions, width)).astype(np.float32)
     expected = expected_scores(values, bank)
-    with patch.multiple(cosine, BLOCK_VALUES=block_values, FUSED_BLOCK_VALUES=block_values):
+    with patch.multiple(cosine, BLOCK_VALUES=block_values, IN_PLACE_BLOCK_VALUES=block_values):
         scores = cosine_scores(rows, bank, impl=impl, **keywords)
         largest = cosine_max(rows, bank, impl=impl, **keywords)
     assert_scores(scores, expected)
@@ -93,8 +93,8 @@ def test_scores_equal_float64_for_any_dtype_shape_layout_and_block(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("directions", [1, 3, FUSED_DIRECTIONS])
-def test_fused_scores_have_the_same_bits_in_any_block_layout_and_thread_count(dtype: str, directions: int) -> None:
+@pytest.mark.parametrize("directions", [1, 3, FUSED_DIRECTIONS, FUSED_DIRECTIONS + 1, 40])
+def test_compiled_scores_have_the_same_bits_in_any_block_layout_and_thread_count(dtype: str, directions: int) -> None:
     rng = np.random.default_rng(1)
     rows, keywords, _ = stored(awkward_rows(rng, 50, 333, dtype), dtype)
     bank = rng.standard_normal((directions, 333))
@@ -324,7 +324,7 @@ def test_python_threads_may_score_at_once() -> None:
 
 
 def test_cosine_max_never_holds_scores_beyond_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cosine, "BLOCK_VALUES", 64 * 100)
+    monkeypatch.setattr(cosine, "IN_PLACE_BLOCK_VALUES", 64 * 100)
     sizes: list[int] = []
     real = cosine._numba_block
 
