@@ -10,9 +10,10 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 
 from pairtrace.engine.pair import Pair
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
@@ -72,10 +73,11 @@ def change_vectors(
     counts = np.zeros(len(names), np.int64)
     unusable: Counter[str] = Counter()
     progress.start("behaviour vectors", len(pairs), "rollout pairs")
+    records = _records(table, pairs)
     for start in range(0, len(pairs), _CHUNK):
         chunk = pairs[start : start + _CHUNK]
         usable: list[RenderedPair] = []
-        for result in renderer.render(_as_pairs(table, chunk)):
+        for result in renderer.render(_as_pairs(records, chunk)):
             if isinstance(result, Quarantined):
                 unusable[result.code] += 1
             else:
@@ -110,17 +112,22 @@ def change_vectors(
     )
 
 
-def _as_pairs(table: RolloutTable, chunk: Sequence[RolloutPair]) -> list[Pair]:
+def _records(table: RolloutTable, pairs: Sequence[RolloutPair]) -> dict[int, dict[str, Any]]:
+    """Messages and response of every row that `pairs` point to; one take, for each may copy whole columns."""
+    rows = sorted({row for pair in pairs for row in (pair.shown_row, pair.safe_row)})
+    taken = table.table.select(["messages", "response"]).take(pa.array(rows, pa.int64())).to_pylist()
+    return dict(zip(rows, taken, strict=True))
+
+
+def _as_pairs(records: dict[int, dict[str, Any]], chunk: Sequence[RolloutPair]) -> list[Pair]:
     """Rollout pairs as preference pairs: the response with the behaviour is chosen. `row` counts within the chunk."""
-    shown = table.table.select(["messages", "response"]).take([pair.shown_row for pair in chunk]).to_pylist()
-    safe = table.table["response"].take([pair.safe_row for pair in chunk]).to_pylist()
     return [
         Pair(
             row=row,
-            prompt=json.loads(record["messages"]),
-            chosen=[{"role": "assistant", "content": record["response"]}],
-            rejected=[{"role": "assistant", "content": response}],
+            prompt=json.loads(records[pair.shown_row]["messages"]),
+            chosen=[{"role": "assistant", "content": records[pair.shown_row]["response"]}],
+            rejected=[{"role": "assistant", "content": records[pair.safe_row]["response"]}],
             source=pair.prompt_id,
         )
-        for row, (pair, record, response) in enumerate(zip(chunk, shown, safe, strict=True))
+        for row, pair in enumerate(chunk)
     ]

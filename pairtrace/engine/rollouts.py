@@ -134,7 +134,7 @@ def sample_rollouts(config: RolloutConfig, progress: Progress = NULL_PROGRESS) -
         }
         table = RolloutTable(_table(keys, prompts, journal.rows, config.seed), manifest)
         table.write(out)
-    journal.path.unlink()
+    journal.path.unlink(missing_ok=True)
     return table
 
 

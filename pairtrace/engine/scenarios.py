@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pairtrace.engine.intervals import wilson_interval
 from pairtrace.engine.prompts import DISTRACTOR, PLAIN
@@ -118,10 +119,11 @@ def filter_scenarios(table: RolloutTable, max_base_rate: float = 0.0) -> Filtere
     drop(safe[:, safe_cell] == 0, "no safe base rollout")
     kept = np.flatnonzero(reasons == "")
     pairs = [
-        pair
-        for prompt in _rows_by_prompt(kept, prompt_of, cell_of, verdicts, show_cell, safe_cell)
-        for pair in _pair_cyclically(table, identifiers, *prompt)
+        RolloutPair(prompt_id=identifiers[prompt], shown_row=row, safe_row=safe_rows[number % len(safe_rows)])
+        for prompt, shown_rows, safe_rows in _rows_by_prompt(kept, prompt_of, cell_of, verdicts, show_cell, safe_cell)
+        for number, row in enumerate(shown_rows)
     ]
+    _require_same_conversations(table, pairs)
     return Filtered(
         scenarios=len(identifiers),
         kept=tuple(identifiers[prompt] for prompt in kept),
@@ -180,19 +182,16 @@ def _rows_by_prompt(
     return [(prompt, shown, safe) for prompt, (shown, safe) in rows.items()]
 
 
-def _pair_cyclically(
-    table: RolloutTable, identifiers: list[str], prompt: int, shown: list[int], safe: list[int]
-) -> list[RolloutPair]:
-    messages = table.table["messages"].take(shown + safe).to_pylist()
-    if len(set(messages)) > 1:
-        raise DataFormatError(
-            f"the rollouts of prompt {identifiers[prompt]!r} (rows {shown[0]} and {safe[0]}) answer different "
-            "conversations under the same condition; rollouts to be compared need the same messages"
-        )
-    return [
-        RolloutPair(prompt_id=identifiers[prompt], shown_row=row, safe_row=safe[number % len(safe)])
-        for number, row in enumerate(shown)
-    ]
+def _require_same_conversations(table: RolloutTable, pairs: list[RolloutPair]) -> None:
+    # One take for both sides of all pairs: taking row by row would copy the whole column each time.
+    rows = [pair.shown_row for pair in pairs] + [pair.safe_row for pair in pairs]
+    messages = table.table["messages"].take(pa.array(rows, pa.int64())).to_pylist()
+    for pair, shown, safe in zip(pairs, messages, messages[len(pairs) :], strict=False):
+        if shown != safe:
+            raise DataFormatError(
+                f"the rollouts of prompt {pair.prompt_id!r} (rows {pair.shown_row} and {pair.safe_row}) answer "
+                "different conversations under the same condition; rollouts to be compared need the same messages"
+            )
 
 
 def _cell(cell: int, rollouts: int, decided: int, shown: int) -> Cell:

@@ -301,8 +301,8 @@ def test_wrong_pairings_would_be_noticed(
 ) -> None:
     honest = change_vectors_module._as_pairs
 
-    def mutated(table: RolloutTable, chunk: Any) -> list[Any]:
-        pairs = honest(table, chunk)
+    def mutated(records: Any, chunk: Any) -> list[Any]:
+        pairs = honest(records, chunk)
         if mutation == "prompts":  # each answer under the next pair's prompt
             prompts = [pair.prompt for pair in pairs[1:] + pairs[:1]]
             return [type(p)(p.row, q, p.chosen, p.rejected) for p, q in zip(pairs, prompts, strict=True)]

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +237,12 @@ def test_other_files_are_no_scores_files(tmp_path: Path) -> None:
     for name in ("text.parquet", "absent.parquet"):
         with pytest.raises(DataFormatError, match="cannot read"):
             ScoresTable.open(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "module", ["behavior", "directions", "judge", "plan", "prompts", "ranking", "rollouts", "score"]
+)
+def test_importing_a_stage_loads_no_model_library(module: str) -> None:
+    code = f"import sys, pairtrace.engine.{module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "transformers", "datasets", "trl", "triton"} & set(loaded)
