@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -120,8 +121,14 @@ class HubTable:
         self.block_starts: Sequence[int] = range(0, max(self.rows, 1), BATCH_ROWS)
 
     def digest(self) -> str:
-        """SHA-256 of the cached Arrow files, in hex."""
-        return file_digest([Path(entry["filename"]) for entry in self._dataset.cache_files])
+        """SHA-256 of the cached Arrow files, in hex; of the rows where `datasets` holds them in memory."""
+        files = [Path(entry["filename"]) for entry in self._dataset.cache_files]
+        if files:
+            return file_digest(files)
+        digest = hashlib.sha256()
+        for record in self.read(0, self.rows, self.columns):
+            digest.update(repr(record).encode("utf-8", "replace"))
+        return digest.hexdigest()
 
     def read(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[Record]:
         """The rows from `start` up to `stop`, with the given columns."""

@@ -234,6 +234,14 @@ class TestHub:
         assert source.take([2400])[0].prompt == ROWS[2400]["prompt"]
         assert len(source.fingerprint) == 64
 
+    def test_data_held_in_memory_has_a_fingerprint_of_its_rows(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fingerprint(rows: Sequence[Any]) -> str:
+            loaded = datasets.DatasetDict({"train": datasets.Dataset.from_list(list(rows))})
+            monkeypatch.setattr(datasets, "load_dataset", lambda identifier: loaded)
+            return open_pairs("org/name").fingerprint
+
+        assert fingerprint(ROWS[:5]) == fingerprint(ROWS[:5]) != fingerprint(ROWS[1:6])
+
     def test_a_data_set_that_cannot_be_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def load_dataset(identifier: str) -> Any:
             raise datasets.exceptions.DatasetNotFoundError(f"{identifier} doesn't exist")
