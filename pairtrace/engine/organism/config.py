@@ -53,7 +53,7 @@ class OrganismConfig:
     preference_pairs: int = 4_000
     dpo_batch: int = 32
     dpo_epochs: int = 1
-    dpo_rate: float = 1.3e-4
+    dpo_rate: float = 1.1e-4
     dpo_beta: float = 0.1
     discovery_prompts: int = 240
     evaluation_prompts: int = 320
