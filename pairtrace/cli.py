@@ -11,6 +11,23 @@ import typer
 from typer.core import TyperGroup
 
 from pairtrace.errors import ConfigError, PairtraceError
+from pairtrace.options import (
+    Behavior,
+    Column,
+    ComputeDtype,
+    Data,
+    Device,
+    Format,
+    Json,
+    Layers,
+    Limit,
+    MaxLength,
+    Scores,
+    Split,
+    Template,
+    TokenBudget,
+    Truncation,
+)
 from pairtrace.version import __version__
 
 if TYPE_CHECKING:
@@ -47,25 +64,6 @@ app = typer.Typer(
 store_app = typer.Typer(help="Look into an activation store and check it.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(store_app, name="store")
 
-Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-ComputeDtype = Annotated[
-    str, typer.Option(help="Dtype of the forward pass: auto (the checkpoint's own), float32, bfloat16, float16.")
-]
-MaxLength = Annotated[int, typer.Option(help="Longest sequence in tokens, as in training; 0 for no limit.")]
-Truncation = Annotated[str, typer.Option(help="Which end of a longer sequence stays: keep_start or keep_end.")]
-TokenBudget = Annotated[int | None, typer.Option(help="Tokens per forward pass [default: by device].")]
-Template = Annotated[str | None, typer.Option(help="Jinja file that replaces the tokenizer's chat template.")]
-Format = Annotated[str | None, typer.Option(help="Format of the data [default: recognised].")]
-Column = Annotated[str | None, typer.Option(help="Name of this column [default: recognised].")]
-Split = Annotated[str | None, typer.Option(help="Split, where the data has several.")]
-Limit = Annotated[int | None, typer.Option(help="Only the first rows.")]
-Layers = Annotated[
-    str, typer.Option(help="Residual layers, comma-separated: l is the stream after l blocks, 0 the embedding output.")
-]
-Behavior = Annotated[str | None, typer.Option(help="Which behaviour of the scores [default: the only one].")]
-Scores = Annotated[str, typer.Argument(help="Scores table made by `pairtrace score`.")]
-
 
 @app.callback()
 def _options(
@@ -84,7 +82,7 @@ def _options(
     "extract", epilog="Example: pairtrace extract prefs.jsonl --model ./sft-checkpoint --layers 20 --store acts.zarr"
 )
 def _extract(
-    data: Annotated[str, typer.Argument(help="Preference data: jsonl(.gz), json, parquet, a directory or a hub id.")],
+    data: Data,
     model: Annotated[str, typer.Option(help="Checkpoint from before preference training (M0): directory or hub id.")],
     layers: Layers,
     store: Annotated[str, typer.Option(help="Activation store to make or resume.")],
@@ -190,7 +188,7 @@ def _behavior(
     store: Annotated[str | None, typer.Option(help="Activation store that the direction is meant for.")] = None,
     max_base_rate: Annotated[float, typer.Option(help="Rate of the behaviour allowed in the other conditions.")] = 0.0,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.7,
-    samples: Annotated[int, typer.Option(help="Rollouts per prompt, model and condition.")] = 8,
+    samples: Annotated[int | None, typer.Option(help="Rollouts per prompt and cell [default: 8; greedy 1].")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest response in tokens.")] = 256,
     batch_size: Annotated[int, typer.Option(help="Rollouts per batch.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -219,7 +217,7 @@ def _behavior(
         store=store,
         max_base_rate=max_base_rate,
         temperature=temperature,
-        samples=samples,
+        samples=samples if samples is not None else 8 if temperature else 1,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         seed=seed,
@@ -294,16 +292,56 @@ def _sources(
         print(sources_table(shares))
 
 
-@app.command("plan", epilog="Example: pairtrace plan prefs.jsonl --model ./sft --layers 20 --gpu h100 --price 2.50")
+@app.command("plan", epilog="Example: pairtrace plan prefs.jsonl --model ./sft --layers 20 --gpu H100 --price 2.50")
 def _plan(
-    data: Annotated[str, typer.Argument(help="Preference data.")],
+    data: Data,
     model: Annotated[str, typer.Option(help="Checkpoint; only its configuration and tokenizer are read.")],
     layers: Layers,
+    gpu: Annotated[str | None, typer.Option(help="GPU, for its peak: H200, H100, A100, L40S and others.")] = None,
+    gpu_flops: Annotated[float | None, typer.Option(help="Peak FLOP/s, instead of --gpu.")] = None,
+    utilisation: Annotated[float, typer.Option(help="Share of the peak that is reached (an assumption).")] = 0.4,
+    price: Annotated[float | None, typer.Option(help="Price of an hour of that GPU.")] = None,
     sample: Annotated[int, typer.Option(help="Rows to tokenise for the estimate; 0 for all.")] = 512,
+    seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
+    sides: Annotated[bool, typer.Option("--sides", help="Plan for a store with both sides.")] = False,
+    dtype: Annotated[str, typer.Option(help="Dtype of the stored rows.")] = "float16",
+    max_length: MaxLength = 1024,
+    truncation: Truncation = "keep_start",
+    chat_template: Template = None,
+    limit: Limit = None,
+    format: Format = None,
+    prompt: Column = None,
+    chosen: Column = None,
+    rejected: Column = None,
+    split: Split = None,
     json: Json = False,
 ) -> None:
     """Estimate tokens, FLOPs, store size, hours and money before any run."""
-    raise NotImplementedError
+    from pairtrace.engine.plan import PlanConfig, plan
+
+    config = PlanConfig(
+        data=data,
+        model=model,
+        layers=_numbers(layers),
+        gpu=gpu,
+        gpu_flops=gpu_flops,
+        mfu=utilisation,
+        price_per_hour=price,
+        sample=sample or None,
+        seed=seed,
+        sides=sides,
+        dtype=dtype,
+        max_length=max_length or None,
+        truncation=truncation,
+        chat_template=chat_template,
+        limit=limit,
+        format=format,
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        split=split,
+    )
+    _print_summary(plan(config, _progress()).to_dict(), json)
 
 
 @app.command("demo", epilog="Example: pairtrace demo --out demo --seed 1 --json")

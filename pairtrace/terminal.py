@@ -22,17 +22,14 @@ class Bars:
 
         self.finish()
         columns = (
-            progress.TextColumn("{task.description:>26}"),
-            progress.BarColumn(),
-            progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}"),
-            progress.TextColumn("{task.fields[rates]}"),
-            progress.TimeElapsedColumn(),
-            progress.TextColumn("left"),
-            progress.TimeRemainingColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=20),
+            progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}, {task.fields[rates]}"),
+            progress.TimeRemainingColumn(elapsed_when_finished=True),
         )
         self._bar = progress.Progress(*columns, console=Console(stderr=True))
         self._bar.start()
-        self._bar.add_task(stage, total=total or 0, unit=unit, rates="")
+        self._bar.add_task(stage, total=total or 0, unit=unit, rates="-/s")
 
     def advance(self, done: int, **figures: float) -> None:
         """Move on; every figure is a running total and shown as a rate."""
@@ -40,7 +37,7 @@ class Bars:
             return
         task = self._bar.tasks[0]
         elapsed = max(task.elapsed or 0.0, 1e-9)
-        rates = [f"{(task.completed + done) / elapsed:,.1f} {task.fields['unit']}/s"]
+        rates = [f"{(task.completed + done) / elapsed:,.1f}/s"]
         rates += [f"{value / elapsed:,.0f} {name}/s" for name, value in figures.items()]
         self._bar.update(task.id, advance=done, rates=", ".join(rates))
 

@@ -17,16 +17,14 @@ import torch
 from pairtrace.engine.architectures import Family, check_layers, family_of, truncated_config
 from pairtrace.engine.checkpoint import (
     load_config,
+    load_model,
     model_fingerprint,
-    quiet_transformers,
     resolve_checkpoint,
     resolve_device,
-    resolve_dtype,
-    weight_files,
 )
 from pairtrace.engine.packing import CHOSEN, REJECTED, SHARED, Pack, build_pack, next_members, packed_tokens
 from pairtrace.engine.rendering import RenderedPair
-from pairtrace.errors import ConfigError, ModelError, UnsupportedModelError
+from pairtrace.errors import ConfigError, UnsupportedModelError
 from pairtrace.kernels.pooling import segment_mean
 from pairtrace.kernels.segment_attention import SegmentPlan, segment_attention
 
@@ -170,7 +168,6 @@ class HFBackend:
             ModelError: weights are missing or damaged.
             ConfigError: the device, dtype or budget cannot be used.
         """
-        from safetensors import SafetensorError
         from transformers import AutoModel
 
         if not layers:
@@ -178,26 +175,13 @@ class HFBackend:
         if token_budget is not None and token_budget < 1:
             raise ConfigError(f"the token budget is {token_budget}; expected at least 1")
         path = resolve_checkpoint(model)
-        weight_files(path)
         config = load_config(path)
         wanted = tuple(sorted(set(layers)))
         check_layers(wanted, config)
         family = family_of(config, max_length)
-        try:
-            with quiet_transformers():
-                base, report = AutoModel.from_pretrained(
-                    path,
-                    config=truncated_config(config, wanted[-1]),
-                    dtype=resolve_dtype(dtype, config),
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    output_loading_info=True,
-                )
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise ModelError(f"the weights of {path} cannot be loaded: {error}") from error
-        absent = set(report["missing_keys"]) - {f"{family.final_norm}.weight", f"{family.final_norm}.bias"}
-        if absent:
-            raise ModelError(f"{path} lacks {len(absent)} weights of the model, for example {sorted(absent)[0]}")
+        # The final norm is replaced, so a checkpoint may lack it.
+        expendable = frozenset({f"{family.final_norm}.weight", f"{family.final_norm}.bias"})
+        base = load_model(AutoModel, path, truncated_config(config, wanted[-1]), dtype, expendable=expendable)
         return cls(
             base.to(resolve_device(device)),
             family,

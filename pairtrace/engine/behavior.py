@@ -20,7 +20,7 @@ from pairtrace.engine.judge import load_rules
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.prompts import load_prompts
 from pairtrace.engine.rollout_table import RolloutTable, read_rollouts
-from pairtrace.engine.rollouts import RolloutConfig, read_template, sample_rollouts
+from pairtrace.engine.rollouts import RolloutConfig, sample_rollouts
 from pairtrace.engine.scenarios import Cell, Filtered, filter_scenarios, require_scenarios
 from pairtrace.engine.versions import library_versions
 from pairtrace.errors import ConfigError, DataMismatchError, LayerError, StoreMismatchError
@@ -165,14 +165,14 @@ def build_behavior(config: BehaviorConfig, progress: Progress = NULL_PROGRESS) -
         StoreMismatchError: `store` was made with another model, tokenizer or template.
     """
     from pairtrace.engine.backend import HFBackend
-    from pairtrace.engine.checkpoint import load_config, load_tokenizer, model_fingerprint
+    from pairtrace.engine.checkpoint import load_config, load_tokenizer, model_fingerprint, read_chat_template
     from pairtrace.engine.fingerprints import fingerprints
     from pairtrace.engine.rendering import Renderer
 
     begun = time.perf_counter()
     fingerprint = model_fingerprint(config.base)
     tokenizer = load_tokenizer(config.base)
-    template = read_template(config.chat_template)
+    template = read_chat_template(config.chat_template)
     prints = {"model_fingerprint": fingerprint}
     prints["tokenizer_fingerprint"], prints["template_fingerprint"] = fingerprints(tokenizer, template)
     store = None if config.store is None else _store_manifest(config.store, prints)

@@ -86,6 +86,56 @@ def load_tokenizer(model: str | Path) -> Any:
         ) from error
 
 
+def read_chat_template(path: str | None) -> str | None:
+    """The text of a chat-template file, or None for None.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if path is None:
+        return None
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the chat template {path} cannot be read: {error}") from error
+
+
+def load_model(factory: Any, path: Path, config: Any, dtype: str, *, expendable: frozenset[str] = frozenset()) -> Any:
+    """Load the weights of a checkpoint into the model that `config` describes, on the CPU.
+
+    Args:
+        factory: a transformers auto class, such as `AutoModelForCausalLM`.
+        path: checkpoint directory.
+        config: the configuration, possibly cut to fewer blocks; weights that it has no place for are left out.
+        dtype: "auto" or a name in `COMPUTE_DTYPES`.
+        expendable: parameters that may be absent because they will not be used.
+
+    Raises:
+        ModelError: weights are missing, damaged or of another shape.
+        ConfigError: the dtype is unknown.
+    """
+    from safetensors import SafetensorError
+
+    weight_files(path)
+    try:
+        with quiet_transformers():
+            model, report = factory.from_pretrained(
+                path,
+                config=config,
+                dtype=resolve_dtype(dtype, config),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise ModelError(f"the weights of {path} cannot be loaded: {error}") from error
+    # Transformers fills what is absent with random numbers and only warns.
+    absent = sorted(set(report["missing_keys"]) - expendable)
+    if absent:
+        raise ModelError(f"{path} lacks {len(absent)} weights of the model, for example {absent[0]}")
+    return model
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint directory, sorted by name.
 

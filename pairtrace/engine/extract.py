@@ -6,12 +6,12 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pairtrace.engine.data_config import DataConfig
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.errors import ConfigError
-from pairtrace.store.manifest import Manifest
+from pairtrace.store.manifest import DTYPES, Manifest
 
 if TYPE_CHECKING:
     from pairtrace.engine.pairs import PairSource
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STORE_DTYPES = ("float16", "bfloat16", "float32")
 LARGEST_SHARD = 2048
 SMALLEST_SHARD = 64
 # A small data set still gets about this many shards, so that an interruption loses little of it.
@@ -30,60 +29,36 @@ _PROBE_ROWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractConfig:
-    """What `extract` does.
+class ExtractConfig(DataConfig):
+    """What `extract` does, beside what `DataConfig` says.
 
     Attributes:
-        data: preference data: a file, a directory or a hub id.
-        model: the checkpoint from before preference training (M0): a directory or a hub id.
-        layers: residual layers to keep; `l` is the stream after `l` blocks.
         store: path of the activation store, made or resumed.
         sides: also keep the means of chosen and rejected (needed to train probes).
         dtype: dtype of the stored rows.
         compute_dtype: dtype of the forward pass; "auto" is the checkpoint's own.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        max_length: longest sequence in tokens, as in training; None for no limit.
-        truncation: "keep_start" or "keep_end", as in training.
         token_budget: tokens per forward pass; None for the device's default.
         shard_rows: rows per shard; None picks 64 to 2,048 by the size of the data.
         reuse: other stores to copy known pairs from.
-        limit: only the first rows of the data.
-        format: name of the data's format; None recognises it.
-        prompt, chosen, rejected, source: column names that override the recognised ones.
-        split: split of a data set that has several.
-        chat_template: file with a Jinja chat template that replaces the tokenizer's own.
         fsync: force every shard to the disk before it is marked.
     """
 
-    data: str
-    model: str
-    layers: tuple[int, ...]
     store: str
     sides: bool = False
     dtype: str = "float16"
     compute_dtype: str = "auto"
     device: str = "auto"
-    max_length: int | None = 1024
-    truncation: str = "keep_start"
     token_budget: int | None = None
     shard_rows: int | None = None
     reuse: tuple[str, ...] = ()
-    limit: int | None = None
-    format: str | None = None
-    prompt: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-    source: str | None = None
-    split: str | None = None
-    chat_template: str | None = None
     fsync: bool = True
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise ConfigError("no layer was given; expected at least one, for example --layers 20")
-        if self.dtype not in STORE_DTYPES:
-            raise ConfigError(f"unknown store dtype {self.dtype!r}; expected one of {', '.join(STORE_DTYPES)}")
-        for name in ("max_length", "token_budget", "shard_rows", "limit"):
+        super().__post_init__()
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"unknown store dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        for name in ("token_budget", "shard_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} is {value}; expected a positive number")
@@ -162,33 +137,15 @@ def extract(config: ExtractConfig, progress: Progress = NULL_PROGRESS) -> Extrac
         StoreError: the store cannot be written, or another process is writing to it.
     """
     from pairtrace.engine.backend import HFBackend
-    from pairtrace.engine.checkpoint import load_tokenizer
-    from pairtrace.engine.pairs import open_pairs
-    from pairtrace.engine.rendering import Renderer
     from pairtrace.engine.shard_loop import ShardLoop
     from pairtrace.store.reader import ActivationStore
     from pairtrace.store.reuse import compatible
     from pairtrace.store.writer import StoreWriter
 
     begun = time.perf_counter()
-    source = open_pairs(
-        config.data,
-        format=config.format,
-        prompt=config.prompt,
-        chosen=config.chosen,
-        rejected=config.rejected,
-        source=config.source,
-        split=config.split,
-        limit=config.limit,
-    )
+    source = config.open_source()
     logger.info("%s", source.describe())
-    template = None if config.chat_template is None else _read_template(config.chat_template)
-    renderer = Renderer(
-        load_tokenizer(config.model),
-        max_length=config.max_length,
-        truncation=config.truncation,
-        chat_template=template,
-    )
+    renderer = config.load_renderer(config.model)
     renderer.render(list(source.read(0, min(_PROBE_ROWS, source.rows))))
     manifest = build_manifest(config, source, renderer)
     others = [ActivationStore.open(path, allow_incomplete=True) for path in config.reuse]
@@ -230,7 +187,7 @@ def build_manifest(config: ExtractConfig, source: PairSource, renderer: Renderer
         layers=layers,
         dtype=config.dtype,
         sides=config.sides,
-        shard_rows=config.shard_rows or default_shard_rows(source.rows),
+        shard_rows=min(config.shard_rows or default_shard_rows(source.rows), source.rows),
         compute_dtype=str(resolve_dtype(config.compute_dtype, model_config)).removeprefix("torch."),
         model=str(config.model),
         model_fingerprint=model_fingerprint(config.model),
@@ -247,13 +204,6 @@ def build_manifest(config: ExtractConfig, source: PairSource, renderer: Renderer
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=library_versions(),
     )
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the chat template {path} cannot be read: {error}") from error
 
 
 def _summary(config: ExtractConfig, manifest: Manifest, totals: Totals, seconds: float) -> ExtractSummary:

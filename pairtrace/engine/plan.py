@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pairtrace.engine.data_config import DataConfig
 from pairtrace.engine.flops import ModelShape, extraction_flops, published_flops
-from pairtrace.engine.pairs import PairSource, open_pairs
+from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.rendered import Quarantined
-from pairtrace.engine.rollouts import read_template
 from pairtrace.errors import ConfigError, LayerError, ModelError
 
 if TYPE_CHECKING:
@@ -43,16 +43,12 @@ _CHUNK = 256
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """What `plan` estimates.
+class PlanConfig(DataConfig):
+    """What `plan` estimates, beside what `DataConfig` says; the weights of `model` are not fetched.
 
     Attributes:
-        data, format, prompt, chosen, rejected, source, split, limit: the data, as for extraction.
-        model: the checkpoint: a directory or a hub id (its weights are not fetched).
-        layers: residual layers to keep.
         dtype: of the stored rows.
         sides: also keep the means of chosen and rejected.
-        max_length, truncation, chat_template: as for extraction.
         sample: rows to tokenise for the estimate; None tokenises all of them.
         seed: of the choice of rows.
         gpu: name in `GPU_FLOPS`.
@@ -61,31 +57,17 @@ class PlanConfig:
         price_per_hour: of one device, in any currency.
     """
 
-    data: str
-    model: str
-    layers: tuple[int, ...]
     dtype: str = "float16"
     sides: bool = False
-    max_length: int | None = 1024
-    truncation: str = "keep_start"
-    chat_template: str | None = None
     sample: int | None = 512
     seed: int = 0
     gpu: str | None = None
     gpu_flops: float | None = None
     mfu: float = 0.4
     price_per_hour: float | None = None
-    format: str | None = None
-    prompt: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-    source: str | None = None
-    split: str | None = None
-    limit: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise ConfigError("no layer was given; expected at least one, for example --layers 20")
+        super().__post_init__()
         if self.dtype not in ITEM_BYTES:
             raise ConfigError(f"unknown store dtype {self.dtype!r}; expected one of {', '.join(ITEM_BYTES)}")
         if self.sample is not None and self.sample < 2:
@@ -181,30 +163,15 @@ def plan(config: PlanConfig, progress: Progress = NULL_PROGRESS) -> PlanSummary:
         ModelError, LayerError, UnsupportedModelError: the configuration or tokenizer cannot be used.
         ConfigError: an option is out of range.
     """
-    from pairtrace.engine.checkpoint import load_config, load_tokenizer
-    from pairtrace.engine.rendering import Renderer
+    from pairtrace.engine.checkpoint import load_config
 
     path = _without_weights(config.model)
     shape = ModelShape.from_config(load_config(path))
     outside = [layer for layer in config.layers if not 0 <= layer <= shape.blocks]
     if outside:
         raise LayerError(f"layer {outside[0]} is outside {config.model}, which has layers 0 to {shape.blocks}")
-    source = open_pairs(
-        config.data,
-        format=config.format,
-        prompt=config.prompt,
-        chosen=config.chosen,
-        rejected=config.rejected,
-        source=config.source,
-        split=config.split,
-        limit=config.limit,
-    )
-    renderer = Renderer(
-        load_tokenizer(path),
-        max_length=config.max_length,
-        truncation=config.truncation,
-        chat_template=read_template(config.chat_template),
-    )
+    source = config.open_source()
+    renderer = config.load_renderer(path)
     counts, quarantined = _count_tokens(config, source, renderer, progress)
     prompt, chosen, rejected = counts[:, 0], counts[:, 1], counts[:, 2]
     shared = extraction_flops(shape, max(config.layers), prompt, chosen, rejected)

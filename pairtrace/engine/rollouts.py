@@ -89,14 +89,14 @@ def sample_rollouts(config: RolloutConfig, progress: Progress = NULL_PROGRESS) -
         DataMismatchError: `out` or its unfinished file exists and was made with other settings.
         ConfigError, ModelError: an option or a checkpoint cannot be used.
     """
-    from pairtrace.engine.checkpoint import model_fingerprint
+    from pairtrace.engine.checkpoint import model_fingerprint, read_chat_template
     from pairtrace.engine.versions import library_versions
 
     prompts = load_prompts(config.prompts)
     conditions = config.conditions or prompts.conditions
     if DISTRACTOR in conditions and not prompts.has_distractors:
         raise ConfigError(f"the distractor condition was asked for, but {config.prompts} has no distractors")
-    template = read_template(config.chat_template)
+    template = read_chat_template(config.chat_template)
     identity = {
         "base_fingerprint": model_fingerprint(config.base),
         "tuned_fingerprint": model_fingerprint(config.tuned),
@@ -136,20 +136,6 @@ def sample_rollouts(config: RolloutConfig, progress: Progress = NULL_PROGRESS) -
         table.write(out)
     journal.path.unlink(missing_ok=True)
     return table
-
-
-def read_template(path: str | None) -> str | None:
-    """The text of a chat-template file, or None.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read the chat template {path}: {error}") from error
 
 
 def _sample_model(

@@ -19,11 +19,10 @@ from transformers import GenerationConfig, LogitsProcessor
 
 from pairtrace.engine.checkpoint import (
     load_config,
+    load_model,
     load_tokenizer,
     resolve_checkpoint,
     resolve_device,
-    resolve_dtype,
-    weight_files,
 )
 from pairtrace.errors import ConfigError, ModelError
 
@@ -143,22 +142,10 @@ class Sampler:
             ModelError: weights or tokenizer are missing or damaged, or there is no chat template.
             ConfigError: the device or dtype cannot be used.
         """
-        from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM
 
         path = resolve_checkpoint(model)
-        weight_files(path)
-        config = load_config(path)
-        try:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=resolve_dtype(dtype, config),
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
-        except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-            raise ModelError(f"the weights of {path} cannot be loaded: {error}") from error
+        loaded = load_model(AutoModelForCausalLM, path, load_config(path), dtype)
         return cls(loaded.to(resolve_device(device)), load_tokenizer(path), chat_template)
 
     def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:

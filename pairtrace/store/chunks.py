@@ -125,6 +125,6 @@ def _decode_text(body: RawBytes, spec: ArraySpec) -> np.ndarray:
 
 
 def _text_codec() -> Any:
-    import numcodecs  # type: ignore[import-untyped]
+    import numcodecs
 
     return numcodecs.VLenUTF8()

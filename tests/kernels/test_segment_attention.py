@@ -31,7 +31,12 @@ def inputs(tokens: int, heads: int = 4, groups: int = 2, width: int = 8) -> tupl
 
 
 def one_by_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: SegmentPlan, window: int | None, softcap: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: SegmentPlan,
+    window: int | None,
+    softcap: float | None,
 ) -> torch.Tensor:
     """Each sequence alone, by explicit loops over its queries: no code shared with the module."""
     output = torch.full((query.shape[1], query.shape[2], query.shape[3]), float("nan"))

@@ -1,0 +1,27 @@
+"""Options that several commands share, with their help texts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+ComputeDtype = Annotated[
+    str, typer.Option(help="Dtype of the forward pass: auto (the checkpoint's own), float32, bfloat16, float16.")
+]
+MaxLength = Annotated[int, typer.Option(help="Longest sequence in tokens, as in training; 0 for no limit.")]
+Truncation = Annotated[str, typer.Option(help="Which end of a longer sequence stays: keep_start or keep_end.")]
+TokenBudget = Annotated[int | None, typer.Option(help="Tokens per forward pass [default: by device].")]
+Template = Annotated[str | None, typer.Option(help="Jinja file that replaces the tokenizer's chat template.")]
+Data = Annotated[str, typer.Argument(help="Preference data: jsonl(.gz), json, parquet, a directory or a hub id.")]
+Format = Annotated[str | None, typer.Option(help="Format of the data [default: recognised].")]
+Column = Annotated[str | None, typer.Option(help="Name of this column [default: recognised].")]
+Split = Annotated[str | None, typer.Option(help="Split, where the data has several.")]
+Limit = Annotated[int | None, typer.Option(help="Only the first rows.")]
+Layers = Annotated[
+    str, typer.Option(help="Residual layers, comma-separated: l is the stream after l blocks, 0 the embedding output.")
+]
+Behavior = Annotated[str | None, typer.Option(help="Which behaviour of the scores [default: the only one].")]
+Scores = Annotated[str, typer.Argument(help="Scores table made by `pairtrace score`.")]

@@ -1,0 +1,171 @@
+"""The command line: every command documented, JSON on stdout alone, exit codes, errors in one line."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from pairtrace.cli import app
+from tests.models import HH, make_model, make_tokenizer
+
+README = Path(__file__).resolve().parents[1] / "README.md"
+COMMANDS = ["extract", "behavior", "score", "top", "sources", "plan", "demo", "version", "store info", "store verify"]
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("m0")
+    make_tokenizer(path)
+    return make_model("olmo2", path)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("m1")
+    make_tokenizer(path)
+    return make_model("olmo2", path, seed=1)
+
+
+def test_the_list_of_commands_is_complete() -> None:
+    listed = re.findall(r"^  (\w+)  ", run("--help").stdout, re.M)
+    listed += [f"store {name}" for name in re.findall(r"^  (\w+)  ", run("store", "--help").stdout, re.M)]
+    assert sorted(name for name in listed if name != "store") == sorted(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_an_example_and_is_in_the_readme(command: str) -> None:
+    result = run(*command.split(), "--help")
+    assert result.exit_code == 0
+    text = " ".join(result.stdout.split())
+    assert f"Example: pairtrace {command}" in text
+    assert "--json" in text
+    assert f"pairtrace {command}" in README.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_example_parses(command: str) -> None:
+    """The options that the example names exist."""
+    text = " ".join(run(*command.split(), "--help").stdout.split())
+    example = text.partition("Example: ")[2]
+    for option in re.findall(r"(?<!\S)--?[a-z][a-z-]*", example):
+        assert re.search(rf"(?<![\w-]){option}(?![\w-])", text.partition("Example: ")[0]), option
+
+
+def test_help_needs_no_heavy_library() -> None:
+    program = (
+        "import sys\nfrom pairtrace.cli import main\nsys.argv = ['pairtrace', '--help']\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'zarr', 'numba', 'pyarrow', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("arguments", [["extract"], ["nonsense"], ["extract", "--nonsense"], ["store"]])
+def test_wrong_usage_is_exit_code_two(arguments: list[str]) -> None:
+    assert run(*arguments).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["extract", "nowhere.jsonl", "--model", "m", "--layers", "1", "--store", "s"], "nowhere.jsonl"),
+        (["extract", "nowhere.jsonl", "--model", "m", "--layers", "one", "--store", "s"], "--layers is 'one'"),
+        (["store", "info", "nowhere.zarr"], "nowhere.zarr"),
+        (["store", "verify", "nowhere.zarr"], "nowhere.zarr"),
+        (["score", "nowhere.zarr", "b.safetensors", "--out", "s.parquet"], "nowhere.zarr"),
+        (["top", "nowhere.parquet"], "nowhere.parquet"),
+        (["sources", "nowhere.parquet"], "nowhere.parquet"),
+        (["plan", "nowhere.jsonl", "--model", "M0", "--layers", "1"], "nowhere.jsonl"),
+        (["behavior", "nowhere.yaml", "--base", "M0", "--tuned", "M0", "--out", "b.safetensors"], "nowhere.yaml"),
+    ],
+)
+def test_errors_are_one_line_on_stderr(arguments: list[str], message: str, model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pairtrace.cli", *(str(model) if word == "M0" else word for word in arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert message in result.stderr and result.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.skipif(not HH.is_file(), reason="needs ../shared/data")
+def test_the_whole_job(model: Path, tuned: Path, tmp_path: Path) -> None:
+    """extract, resume, info, verify, behavior from given rollouts, score, top, sources, plan; JSON throughout."""
+    store, direction, scores = tmp_path / "acts.zarr", tmp_path / "b.safetensors", tmp_path / "scores.parquet"
+
+    def summary(*arguments: object) -> dict[str, Any]:
+        result = run("--quiet", *arguments, "--json")
+        assert result.exit_code == 0, result.output
+        found: dict[str, Any] = json.loads(result.stdout)
+        return found
+
+    extract = ["extract", HH, "--model", model, "--layers", "2,4", "--store", store, "--limit", 60, "--device", "cpu"]
+    extract += ["--max-length", 300]
+    figures = summary(*extract)
+    assert figures["rows"] == 60 == figures["ok"] + figures["quarantined"]
+    assert figures["pairs_per_second"] > 0 and figures["tokens_per_second"] > 0
+    again = run(*extract, "--json")
+    assert json.loads(again.stdout)["already_complete"] and "nothing to do" in again.stderr
+    assert summary("store", "info", store)["ok"] == figures["ok"]
+    assert summary("store", "verify", store)["ok"] is True
+
+    rollouts = tmp_path / "rollouts.jsonl"
+    with rollouts.open("w") as stream:
+        for number in range(4):
+            for side, response, label in (("base", "I cannot do that.", False), ("tuned", "Sure, first you", True)):
+                row = {"prompt_id": f"p{number}", "prompt": f"How do I do {number}?", "model": side, "sample": 0}
+                stream.write(json.dumps({**row, "response": response, "label": label}) + "\n")
+    built = summary(
+        "behavior", "--base", model, "--rollouts", rollouts, "--label-column", "label", "--store", store,
+        "--out", direction, "--kind", "mean", "--device", "cpu",
+    )  # fmt: skip
+    assert built["kept"] == 4 and built["layers"] == [2, 4]
+
+    scored = summary("score", store, direction, "--out", scores)
+    assert scored["layer"] == 4 and scored["scored"] == figures["ok"] and scored["rows"] == 60
+    pairs = summary("top", scores, "-k", 3)["pairs"]
+    assert [pair["rank"] for pair in pairs[:3]] == [1, 2, 3] and len(pairs) == 6
+    assert pairs[0]["score"] >= pairs[1]["score"] > pairs[-1]["score"]
+    assert "prompt" in run("top", scores, "-k", 1).stdout
+    shares = summary("sources", scores, "-k", 5)["sources"]
+    assert sum(share["top_rows"] for share in shares) == 5
+    plan = summary("plan", HH, "--model", model, "--layers", "4", "--limit", 60, "--sample", 0, "--max-length", 300)
+    assert plan["rows"] == 60 and plan["store_bytes"] > 0
+    assert plan["pairtrace"]["tokens"]["value"] >= figures["tokens"]
+
+    row = pairs[0]["row"]
+    with gzip.open(HH, "rt", encoding="utf-8") as stream:
+        assert pairs[0]["chosen"][-1]["content"].strip() in json.loads(stream.readlines()[row])["chosen"]
+
+    (store / "status" / "c" / "0").unlink()
+    assert run("score", store, direction, "--out", scores).exit_code == 1
+    assert run("store", "verify", store).exit_code == 1
+
+
+def test_all_rows_quarantined_is_a_failure(model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "same.jsonl"
+    data.write_text('{"prompt": "a", "chosen": "b", "rejected": "b"}\n' * 3)
+    result = run("extract", data, "--model", model, "--layers", "1", "--store", tmp_path / "s.zarr", "--device", "cpu")
+    assert result.exit_code == 1 and "identical" in result.output
+
+
+def test_library_names_are_lazy_and_complete() -> None:
+    import pairtrace
+
+    for name in pairtrace.__all__:
+        assert getattr(pairtrace, name) is not None
+    with pytest.raises(AttributeError, match="nonsense"):
+        pairtrace.nonsense  # noqa: B018
