@@ -38,12 +38,14 @@ class DemoConfig:
         out: directory for everything; finished stages in it are kept.
         organism: the recipe of the organism, its seed included.
         samples: rollouts per prompt and condition.
+        max_base_rate: of the four-condition filter.
         show: pairs to show from the top of the ranking.
     """
 
     out: str
     organism: OrganismConfig
     samples: int = 8
+    max_base_rate: float = 0.0
     show: int = 5
 
 
@@ -96,7 +98,9 @@ def run_demo(config: DemoConfig, progress: Progress = NULL_PROGRESS) -> DemoSumm
     organism = build_organism(config.organism, out / "organism", progress=progress)
     layer = config.organism.layers
     store, direction, scores = out / "acts.zarr", out / f"{BEHAVIOR}.safetensors", out / "scores.parquet"
-    stages = _Stages(out / "demo.json", {"samples": config.samples, "layer": layer})
+    stages = _Stages(
+        out / "demo.json", {"samples": config.samples, "max_base_rate": config.max_base_rate, "layer": layer}
+    )
     stages.run(
         "extract",
         lambda: extract(
@@ -115,6 +119,7 @@ def run_demo(config: DemoConfig, progress: Progress = NULL_PROGRESS) -> DemoSumm
                 store=str(store),
                 kinds="mean",
                 samples=config.samples,
+                max_base_rate=config.max_base_rate,
                 max_new_tokens=48,
                 batch_size=128,
             ),

@@ -1,0 +1,76 @@
+"""The demonstration: its figures against scikit-learn, and a miniature of the whole job."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from pairtrace.engine import demo
+from pairtrace.engine.demo import OVER_REFUSAL, PLANTED, DemoConfig, ranking_figures, roc_auc, run_demo
+from pairtrace.engine.organism.config import OrganismConfig
+from pairtrace.errors import ConfigError
+
+
+def test_roc_auc_equals_scikit_learn() -> None:
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        scores = np.round(generator.normal(size=60), 1)  # rounded: many ties
+        labels = generator.random(60) < 0.3
+        assert roc_auc(scores[labels], scores[~labels]) == pytest.approx(roc_auc_score(labels, scores))
+
+
+def test_figures_by_hand() -> None:
+    kinds = np.array([PLANTED, "other", PLANTED, OVER_REFUSAL, "other", PLANTED])
+    scores = np.array([0.9, 0.1, 0.5, 0.6, np.nan, np.nan])
+    figures = ranking_figures(scores, kinds)
+    assert figures["precision_at_k"] == pytest.approx(2 / 3)
+    assert figures["roc_auc_over_refusal"] == pytest.approx(1 / 3)
+    # 0.9 beats all three others, 0.5 beats two, the planted pair without a score ties with the other without one.
+    assert figures["roc_auc"] == pytest.approx((3 + 2 + 0.5) / 9)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoConfig, dict[str, object]]:
+    out = tmp_path_factory.mktemp("demo")
+    organism = OrganismConfig(
+        seed=3, sft_examples=600, sft_epochs=1, preference_pairs=160, discovery_prompts=12, evaluation_prompts=4
+    )
+    config = DemoConfig(out=str(out), organism=organism, samples=2, max_base_rate=1.0)
+    return config, run_demo(config).to_dict()
+
+
+def test_a_miniature_runs_end_to_end(finished: tuple[DemoConfig, dict[str, object]]) -> None:
+    config, summary = finished
+    json.dumps(summary, default=str)
+    assert summary["pairs"] == 160 and summary["layer"] == config.organism.layers
+    assert set(summary["seconds"]) == {"texts", "m0", "m1", "extract", "behavior", "score"}  # type: ignore[call-overload]
+    scores = pq.read_table(Path(config.out) / "scores.parquet")
+    assert scores.num_rows == 160 and "score:compliance" in scores.column_names
+
+
+def test_labels_are_not_looked_at_before_the_end(finished: tuple[DemoConfig, dict[str, object]]) -> None:
+    """Nothing that the job wrote holds a label: the score table knows rows, ids and sources only."""
+    config, _ = finished
+    table = pq.read_table(Path(config.out) / "scores.parquet")
+    assert not {"kind", PLANTED, OVER_REFUSAL} & set(table.column_names)
+    assert PLANTED not in set(table.column("source").to_pylist())
+
+
+def test_a_second_run_only_reads(
+    finished: tuple[DemoConfig, dict[str, object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, summary = finished
+    for name in ("extract", "build_behavior", "score"):
+        monkeypatch.setattr(demo, name, None)
+    assert run_demo(config).to_dict() == summary
+
+
+def test_other_settings_in_the_same_place_are_refused(finished: tuple[DemoConfig, dict[str, object]]) -> None:
+    config, _ = finished
+    with pytest.raises(ConfigError, match="--out"):
+        run_demo(DemoConfig(out=config.out, organism=config.organism, samples=3, max_base_rate=1.0))
