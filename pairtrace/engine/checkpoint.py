@@ -32,9 +32,11 @@ def resolve_checkpoint(model: str | Path) -> Path:
         ModelError: the directory has no `config.json`, or the id can neither be found nor fetched.
     """
     path = _local_directory(model)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"{path} is not a checkpoint: it has no config.json")
-    return path
+    if (path / "config.json").is_file():
+        return path
+    if (path / "adapter_config.json").is_file():
+        raise ModelError(f"{path} is an adapter without its model; merge it first (peft: merge_and_unload, then save)")
+    raise ModelError(f"{path} is not a checkpoint: it has no config.json")
 
 
 def _local_directory(model: str | Path) -> Path:

@@ -129,6 +129,16 @@ def synthetic(
     )
 
 
+def test_bfloat16_stays_close_to_the_plain_bfloat16_forward(tmp_path: Path, pairs: list[RenderedPair]) -> None:
+    path = make_model("olmo2", tmp_path / "model", dtype=torch.bfloat16)
+    loaded = HFBackend.load(path, LAYERS, device="cpu", token_budget=700, max_length=220)
+    assert loaded.compute_dtype == "bfloat16"
+    pooled = loaded.pool(pairs)
+    found = np.stack([pooled.chosen, pooled.rejected], axis=1)
+    wanted = plain_forward(path, pairs, LAYERS)  # the same weights, computed in float32
+    assert 1e-6 < relative_error(found, wanted) <= 3e-2
+
+
 def test_odd_shapes(tmp_path: Path) -> None:
     """Responses that share a beginning, one a prefix of the other, no shared prompt, unequal starts, one token."""
     path = make_model("olmo2", tmp_path / "model")
