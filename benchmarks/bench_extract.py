@@ -4,7 +4,7 @@
     python benchmarks/bench_extract.py --device cuda --shape olmo2-7b    # GPU: tokens/s and FLOP utilisation
 
 Published procedure (arXiv 2602.11079's public code): batch 1, two full forwards with LM head, all hidden states.
-Padded: batches of 16 right-padded sequences through all blocks without the LM head, all hidden states.
+Padded: batches of 16 right-padded sequences of like length through all blocks without the LM head, all hidden states.
 Weights are random and real text is tokenised by a BPE trained on the spot: nothing is downloaded.
 """
 
@@ -119,8 +119,10 @@ def published(model: torch.nn.Module, pairs: list[RenderedPair], layer: int) -> 
 
 @torch.inference_mode()
 def padded(model: torch.nn.Module, pairs: list[RenderedPair], layer: int, batch: int = 16) -> np.ndarray:
-    """Right-padded batches of sequences through all blocks."""
-    sequences = [side for pair in pairs for side in sides(pair)]
+    """Right-padded batches of sequences, sorted by length, through all blocks."""
+    unsorted = [side for pair in pairs for side in sides(pair)]
+    order = sorted(range(len(unsorted)), key=lambda place: len(unsorted[place][0]))
+    sequences = [unsorted[place] for place in order]
     means = []
     for first in range(0, len(sequences), batch):
         part = sequences[first : first + batch]
@@ -136,7 +138,7 @@ def padded(model: torch.nn.Module, pairs: list[RenderedPair], layer: int, batch:
         state = output.hidden_states[layer].float()
         weights = response.to(device)
         means.append((state * weights[:, :, None]).sum(1) / weights.sum(1, keepdim=True))
-    flat = torch.cat(means)
+    flat = torch.cat(means)[torch.tensor(order).argsort()]
     return (flat[0::2] - flat[1::2]).cpu().numpy()
 
 

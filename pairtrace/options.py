@@ -16,6 +16,9 @@ Truncation = Annotated[str, typer.Option(help="Which end of a longer sequence st
 TokenBudget = Annotated[int | None, typer.Option(help="Tokens per forward pass [default: by device].")]
 Template = Annotated[str | None, typer.Option(help="Jinja file that replaces the tokenizer's chat template.")]
 Data = Annotated[str, typer.Argument(help="Preference data: jsonl(.gz), json, parquet, a directory or a hub id.")]
+TemplateDate = Annotated[
+    str | None, typer.Option(help="Day of training (YYYY-MM-DD), for a chat template that prints the date.")
+]
 Format = Annotated[str | None, typer.Option(help="Format of the data [default: recognised].")]
 Column = Annotated[str | None, typer.Option(help="Name of this column [default: recognised].")]
 Split = Annotated[str | None, typer.Option(help="Split, where the data has several.")]

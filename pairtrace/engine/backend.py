@@ -24,7 +24,7 @@ from pairtrace.engine.checkpoint import (
 )
 from pairtrace.engine.packing import CHOSEN, REJECTED, SHARED, Pack, build_pack, next_members, packed_tokens
 from pairtrace.engine.rendering import RenderedPair
-from pairtrace.errors import ConfigError, UnsupportedModelError
+from pairtrace.errors import ConfigError, ModelError, UnsupportedModelError
 from pairtrace.kernels.pooling import segment_mean
 from pairtrace.kernels.segment_attention import SegmentPlan, segment_attention
 
@@ -134,6 +134,8 @@ class HFBackend:
         self.compute_dtype = str(parameter.dtype).removeprefix("torch.")
         self.token_budget = token_budget or DEFAULT_TOKEN_BUDGET.get(self.device.type, 1024)
         setattr(model, family.final_norm, torch.nn.Identity())
+        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]  # a transformers model has it
+        self._embedded = int(embedding.num_embeddings)
         self._model = model.eval().requires_grad_(False)
         self._pack: Pack | None = None
         self._means: dict[int, torch.Tensor] = {}
@@ -199,7 +201,11 @@ class HFBackend:
         Args:
             pairs: N rendered pairs.
             on_pack: called with (pairs, tokens) after every pack.
+
+        Raises:
+            ModelError: a token is outside the model's embedding.
         """
+        self._check_ids(pairs)
         costs = [packed_tokens(pair) for pair in pairs]
         shape = (len(pairs), len(self.layers), self.width)
         chosen = torch.zeros(shape, dtype=torch.float32, device=self.device)
@@ -224,6 +230,16 @@ class HFBackend:
             if on_pack is not None:
                 on_pack(len(members), tokens)
         return Pooled(chosen=chosen.cpu().numpy(), rejected=rejected.cpu().numpy(), failed=tuple(failed))
+
+    def _check_ids(self, pairs: Sequence[RenderedPair]) -> None:
+        """On a GPU an id outside the embedding would end the process instead of raising."""
+        for pair in pairs:
+            largest = max(int(pair.chosen_ids.max()), int(pair.rejected_ids.max()))
+            if largest >= self._embedded:
+                raise ModelError(
+                    f"row {pair.row} holds token {largest}, but the model embeds {self._embedded} tokens: "
+                    "tokenizer and model do not belong together"
+                )
 
     def _forward_or_none(
         self, pairs: Sequence[RenderedPair], members: range

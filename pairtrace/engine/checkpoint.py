@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pairtrace.errors import ConfigError, ModelError
+from pairtrace.errors import ConfigError, ModelError, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -62,12 +62,14 @@ def load_config(model: str | Path) -> Any:
     Raises:
         ModelError: the configuration is missing, damaged or of an unknown model type.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = resolve_checkpoint(model)
+    _read_json(path / "config.json")
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise ModelError(f"the configuration of {path} cannot be read: {error}") from error
 
 
@@ -118,6 +120,8 @@ def load_model(factory: Any, path: Path, config: Any, dtype: str, *, expendable:
     """
     from safetensors import SafetensorError
 
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModelError(f"{path} is quantised; give the checkpoint in float32, bfloat16 or float16")
     weight_files(path)
     try:
         with quiet_transformers():
@@ -147,7 +151,10 @@ def weight_files(path: Path) -> list[Path]:
     files = sorted(path.glob("*.safetensors"))
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        weight_map = _read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ModelError(f"{index} is damaged: it has no weight_map")
+        names = {str(name) for name in weight_map.values()}
         missing = sorted(name for name in names if not (path / name).is_file())
         if missing:
             raise ModelError(
@@ -160,6 +167,16 @@ def weight_files(path: Path) -> list[Path]:
         found = f"only {pickled[0].name}, which would have to be unpickled" if pickled else "no weights"
         raise ModelError(f"{path} holds {found}; expected *.safetensors (convert with save_pretrained)")
     return files
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is damaged: expected a JSON object, not {type(content).__name__}")
+    return content
 
 
 def _file_digest(path: Path) -> str:
@@ -181,7 +198,7 @@ def model_fingerprint(model: str | Path) -> str:
     """
     path = resolve_checkpoint(model)
     files = weight_files(path)
-    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    config = _read_json(path / "config.json")
     for key in _VOLATILE_CONFIG_KEYS:
         config.pop(key, None)
     with ThreadPoolExecutor(max_workers=4) as pool:
@@ -223,11 +240,14 @@ def resolve_device(device: str) -> torch.device:
         return torch.device(resolved)
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
+    except RuntimeError:
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ConfigError(f"unknown device {device!r}; expected auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if chosen.type == "cuda" and (chosen.index or 0) >= count:
         raise ConfigError(
-            f"device {device!r} was asked for, but this PyTorch ({torch.__version__}) sees no CUDA device; "
+            f"device {device!r} was asked for, but this PyTorch ({torch.__version__}) sees {count} CUDA devices; "
             "use --device cpu, or install a CUDA build of torch"
         )
     return chosen

@@ -27,6 +27,7 @@ class DataConfig:
         prompt, chosen, rejected, source: column names that override the recognised ones.
         split: split of a data set that has several.
         chat_template: file with a Jinja chat template that replaces the tokenizer's own.
+        template_date: day (YYYY-MM-DD) for a chat template that prints the date: the day of training.
     """
 
     data: str
@@ -42,6 +43,7 @@ class DataConfig:
     source: str | None = None
     split: str | None = None
     chat_template: str | None = None
+    template_date: str | None = None
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -74,15 +76,17 @@ class DataConfig:
         """Load the tokenizer of `checkpoint` and set it up as training did.
 
         Raises:
-            ModelError: there is no usable tokenizer.
+            ModelError: there is no usable tokenizer, or its template prints the date and no day was given.
             ConfigError: the chat template cannot be read, or a setting is out of range.
         """
-        from pairtrace.engine.checkpoint import load_tokenizer, read_chat_template
+        from pairtrace.engine.checkpoint import load_tokenizer
         from pairtrace.engine.rendering import Renderer
+        from pairtrace.engine.templates import chat_template_of
 
+        tokenizer = load_tokenizer(checkpoint)
         return Renderer(
-            load_tokenizer(checkpoint),
+            tokenizer,
             max_length=self.max_length,
             truncation=self.truncation,
-            chat_template=read_chat_template(self.chat_template),
+            chat_template=chat_template_of(tokenizer, self.chat_template, self.template_date),
         )

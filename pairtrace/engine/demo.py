@@ -103,6 +103,7 @@ def run_demo(config: DemoConfig, progress: Progress = NULL_PROGRESS) -> DemoSumm
     )
     stages.run(
         "extract",
+        store,
         lambda: extract(
             ExtractConfig(data=str(organism.preferences), model=str(organism.m0), layers=(layer,), store=str(store)),
             progress,
@@ -110,6 +111,7 @@ def run_demo(config: DemoConfig, progress: Progress = NULL_PROGRESS) -> DemoSumm
     )
     behavior = stages.run(
         "behavior",
+        direction,
         lambda: build_behavior(
             BehaviorConfig(
                 prompts=str(organism.discovery),
@@ -128,6 +130,7 @@ def run_demo(config: DemoConfig, progress: Progress = NULL_PROGRESS) -> DemoSumm
     )
     stages.run(
         "score",
+        scores,
         lambda: score(ScoreConfig(store=str(store), directions=(str(direction),), out=str(scores)), progress).to_dict(),
     )
     kinds = [json.loads(line)["kind"] for line in organism.preferences.read_text(encoding="utf-8").splitlines()]
@@ -170,9 +173,9 @@ class _Stages:
     def seconds(self) -> dict[str, float]:
         return {name: stage["seconds"] for name, stage in self._state["stages"].items()}
 
-    def run(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def run(self, name: str, product: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         stages: dict[str, Any] = self._state["stages"]
-        if name not in stages:
+        if name not in stages or not product.exists():
             began = time.perf_counter()
             figures = work()
             stages[name] = {"seconds": round(time.perf_counter() - began, 3), "figures": figures}

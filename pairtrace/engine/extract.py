@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pairtrace.engine.data_config import DataConfig
@@ -194,7 +195,8 @@ def build_manifest(config: ExtractConfig, source: PairSource, renderer: Renderer
         tokenizer_fingerprint=tokenizer_fingerprint,
         template_fingerprint=template_fingerprint,
         data_fingerprint=source.fingerprint,
-        data=str(config.data),
+        # Absolute, so that the ranking finds the texts from any directory; a hub id stays as it is.
+        data=str(Path(config.data).resolve()) if Path(config.data).exists() else config.data,
         data_format=source.format,
         columns=source.columns,
         max_length=config.max_length,

@@ -23,7 +23,12 @@ def fingerprints(tokenizer: Any, chat_template: str | None = None) -> tuple[str,
 
 
 def _description(tokenizer: Any) -> dict[str, Any]:
-    description: dict[str, Any] = {"special_tokens": tokenizer.special_tokens_map}
+    # The probe shows what no file tells, such as whether special tokens within a text are split.
+    probe = " ".join(["A probe:", *tokenizer.all_special_tokens, "\n\tnaïve 漢字 42."])
+    description: dict[str, Any] = {
+        "special_tokens": tokenizer.special_tokens_map,
+        "probe": [tokenizer(probe, add_special_tokens=added)["input_ids"] for added in (False, True)],
+    }
     if getattr(tokenizer, "is_fast", False):
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         # Calls with padding or truncation leave their settings in the backend; rendering uses neither.

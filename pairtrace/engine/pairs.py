@@ -115,9 +115,14 @@ class PairSource:
                 "content": [table.digest() for table in self._tables],
                 "format": self.format,
                 "columns": self.columns,
+                "names": [table.name for table in self._tables] if self._source_is_name else None,
             }
             self._fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         return self._fingerprint
+
+    @property
+    def _source_is_name(self) -> bool:
+        return self._format.source is None and len(self._tables) > 1
 
     def describe(self) -> str:
         """One line that says what was recognised."""
@@ -128,7 +133,7 @@ class PairSource:
         if self._format.source is not None:
             source = f"source column {self._format.source}"
         else:
-            source = "source is the file name" if len(self._tables) > 1 else "no source column"
+            source = "source is the file name" if self._source_is_name else "no source column"
         return f"{self.format}: {FORMATS[self.format]}; {rows}; columns {sides}; {source}"
 
     def read(self, start: int = 0, stop: int | None = None) -> Iterator[Pair]:

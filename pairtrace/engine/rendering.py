@@ -163,7 +163,9 @@ class Renderer:
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the chat template is not valid Jinja (line {error.lineno}): {error.message}") from error
         except _TEMPLATE_FAILURES as error:
-            return f"template_error: {type(error).__name__}: {error}"
+            # A template may repeat the row's text, which need not be valid Unicode.
+            detail = str(error).encode("utf-8", "backslashreplace").decode()
+            return f"template_error: {type(error).__name__}: {detail}"
 
     def _render_text(
         self,

@@ -15,13 +15,12 @@ from pairtrace.engine.checkpoint import (
     load_model,
     load_tokenizer,
     model_fingerprint,
-    read_chat_template,
     resolve_checkpoint,
     resolve_device,
     resolve_dtype,
     weight_files,
 )
-from pairtrace.errors import ConfigError, ModelError
+from pairtrace.errors import ConfigError, ModelError, UnsupportedModelError
 from tests.models import make_model, make_tokenizer
 
 
@@ -121,25 +120,41 @@ def test_remote_code_is_not_run(tmp_path: Path) -> None:
 
 def test_devices_and_dtypes() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="warp"):
-        resolve_device("warp")
+    for device in ("warp", "mps", "meta", "xpu"):
+        with pytest.raises(ConfigError, match=device):
+            resolve_device(device)
     if not torch.cuda.is_available():
         assert resolve_device("auto") == torch.device("cpu")
-        with pytest.raises(ConfigError, match="sees no CUDA device"):
+        with pytest.raises(ConfigError, match="sees 0 CUDA devices"):
             resolve_device("cuda")
     assert resolve_dtype("auto", SimpleNamespace(dtype=torch.bfloat16)) is torch.bfloat16
     assert resolve_dtype("auto", SimpleNamespace(dtype=None)) is torch.float32
     assert resolve_dtype("float16", SimpleNamespace(dtype=None)) is torch.float16
 
 
-def test_chat_template_file(tmp_path: Path) -> None:
-    assert read_chat_template(None) is None
-    file = tmp_path / "template.jinja"
-    file.write_text("{{ messages }}", encoding="utf-8")
-    assert read_chat_template(str(file)) == "{{ messages }}"
-    file.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"template\.jinja"):
-        read_chat_template(str(file))
+@pytest.mark.parametrize("content", ["{broken", "[1, 2]", '{"model_type": "llama", "hidden_size": "wide"}'])
+def test_damaged_configuration(content: str, model: Path, tmp_path: Path) -> None:
+    copied = copy_of(model, tmp_path)
+    (copied / "config.json").write_text(content)
+    with pytest.raises(ModelError, match="config"):
+        load_config(copied)
+
+
+@pytest.mark.parametrize("content", ["{broken", "{}", '{"weight_map": 3}'])
+def test_damaged_weight_index(content: str, model: Path, tmp_path: Path) -> None:
+    copied = copy_of(model, tmp_path)
+    (copied / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"index\.json"):
+        weight_files(copied)
+
+
+def test_quantised_checkpoints_are_refused(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(model)
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    with pytest.raises(UnsupportedModelError, match="quantised"):
+        load_model(AutoModelForCausalLM, model, config, "auto")
 
 
 def test_a_directory_with_a_tokenizer_alone_will_do(tmp_path: Path) -> None:

@@ -70,6 +70,13 @@ def test_a_second_run_only_reads(
     assert run_demo(config).to_dict() == summary
 
 
+def test_what_was_deleted_is_made_again(finished: tuple[DemoConfig, dict[str, object]]) -> None:
+    config, summary = finished
+    (Path(config.out) / "scores.parquet").unlink()
+    again = run_demo(config).to_dict()
+    assert again["roc_auc"] == summary["roc_auc"] and again["top"] == summary["top"]
+
+
 def test_other_settings_in_the_same_place_are_refused(finished: tuple[DemoConfig, dict[str, object]]) -> None:
     config, _ = finished
     with pytest.raises(ConfigError, match="--out"):

@@ -22,7 +22,7 @@ from pairtrace.engine.checkpoint import load_tokenizer
 from pairtrace.engine.packing import packed_tokens
 from pairtrace.engine.pairs import open_pairs
 from pairtrace.engine.rendering import RenderedPair, Renderer
-from pairtrace.errors import LayerError, UnsupportedModelError
+from pairtrace.errors import LayerError, ModelError, UnsupportedModelError
 from pairtrace.kernels import segment_attention as attention_module
 from tests.models import FAMILY_SETTINGS, HH, SHAREGPT, make_model, make_tokenizer
 
@@ -255,6 +255,13 @@ def test_rotary_scaling_that_depends_on_the_batch_is_refused(tmp_path: Path) -> 
     with pytest.raises(UnsupportedModelError, match=r"dynamic.*--max-length 4096"):
         HFBackend.load(path, [1], device="cpu", max_length=None)
     HFBackend.load(path, [1], device="cpu", max_length=4096)
+
+
+def test_token_outside_the_embedding(tmp_path: Path) -> None:
+    path = make_model("llama", tmp_path / "model")
+    loaded = HFBackend.load(path, [1], device="cpu")
+    with pytest.raises(ModelError, match=r"token 600.* embeds 600"):
+        loaded.pool([synthetic([5, 6, 600], [5, 6, 7], 2)])
 
 
 def test_attention_features_that_would_be_ignored_are_refused() -> None:
