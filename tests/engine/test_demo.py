@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ import pytest
 from sklearn.metrics import roc_auc_score
 
 from pairtrace.engine import demo
+from pairtrace.engine.behavior import BehaviorConfig, BehaviorSummary
 from pairtrace.engine.demo import OVER_REFUSAL, PLANTED, DemoConfig, ranking_figures, roc_auc, run_demo
 from pairtrace.engine.organism.config import OrganismConfig
+from pairtrace.engine.progress import Progress
 from pairtrace.errors import ConfigError
 
 
@@ -40,8 +43,18 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoConfig, dict
     organism = OrganismConfig(
         seed=3, sft_examples=600, sft_epochs=1, preference_pairs=160, discovery_prompts=12, evaluation_prompts=4
     )
-    config = DemoConfig(out=str(out), organism=organism, samples=2, max_base_rate=1.0)
-    return config, run_demo(config).to_dict()
+    config = DemoConfig(out=str(out), organism=organism, samples=4, max_base_rate=1.0)
+    # So short a training teaches nobody to refuse: a rule that splits any text takes the judge's place.
+    rules = out / "rules.yaml"
+    rules.write_text("name: first letter\nrefusal: ['^\\W*[a-m]']\n")
+    original = demo.build_behavior
+
+    def with_rules(behavior: BehaviorConfig, progress: Progress) -> BehaviorSummary:
+        return original(replace(behavior, rules=str(rules)), progress)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "build_behavior", with_rules)
+        return config, run_demo(config).to_dict()
 
 
 def test_a_miniature_runs_end_to_end(finished: tuple[DemoConfig, dict[str, object]]) -> None:
