@@ -101,11 +101,15 @@ class DirectionError(PairtraceError):
 
 
 class MissingDependencyError(PairtraceError):
-    """An optional package is not installed."""
+    """An optional package is not installed.
 
-    def __init__(self, package: str, extra: str, purpose: str) -> None:
+    Args:
+        package: its name; several are separated by spaces.
+        extra: the extra of pairtrace that brings it; None for a package that no extra brings.
+        purpose: what needs it.
+    """
+
+    def __init__(self, package: str, extra: str | None, purpose: str) -> None:
         self.package = package
-        super().__init__(
-            f"{purpose} needs the package {package!r}, which is not installed; "
-            f"install it with: pip install 'pairtrace[{extra}]'"
-        )
+        command = f"pip install {package}" if extra is None else f"pip install 'pairtrace[{extra}]'"
+        super().__init__(f"{purpose} needs the package {package!r}, which is not installed; install it with: {command}")

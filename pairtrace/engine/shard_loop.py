@@ -19,6 +19,7 @@ from pairtrace.engine.rendering import Renderer
 from pairtrace.engine.shards import SeenPairs, ShardWork, compute_block, divide, fill_copies
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.reuse import PairIndex
+from pairtrace.store.rows import RowReader
 from pairtrace.store.writer import ShardBlock, StoreWriter
 
 
@@ -127,12 +128,12 @@ class ShardLoop:
         known = PairIndex(self.others) if self.others else None
         seen = SeenPairs()
         todo = set(missing)
-        present = ActivationStore.open(self.store, allow_incomplete=True).pair_ids()
+        present = RowReader.open(self.store)
         pairs: Iterator[Pair] = iter(())
         for index in range(max(missing) + 1):
             rows = self._rows(index)
             if index not in todo:
-                seen.add_present(present[rows.start : rows.stop], rows.start)
+                seen.add_present(present.chunk("pair_id", index), rows.start)
                 continue
             if index == 0 or index - 1 not in todo:
                 # One pass over each run of missing shards: a text file cannot be entered in the middle for free.
@@ -144,6 +145,7 @@ class ShardLoop:
         rendered.close()
 
     def _write(self, finished: Channel[tuple[ShardWork, ShardBlock]]) -> None:
+        own, sources = RowReader.open(self.store), [other.row_reader() for other in self.others]
         for work, block in finished:
-            fill_copies(block, work, self.others, self.store)
+            fill_copies(block, work, sources, own)
             self.writer.write_shard(block)

@@ -12,9 +12,10 @@ import numpy as np
 
 from pairtrace.engine.backend import Backend, OnPack, Pooled
 from pairtrace.engine.rendering import Quarantined, RenderedPair
+from pairtrace.errors import StoreDamagedError
 from pairtrace.store.layout import OK, QUARANTINED
-from pairtrace.store.reader import ActivationStore
 from pairtrace.store.reuse import PairIndex
+from pairtrace.store.rows import RowReader
 from pairtrace.store.writer import ShardBlock
 
 OWN_STORE = -1
@@ -216,27 +217,52 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
     return values.astype(dtype)
 
 
-def fill_copies(block: ShardBlock, work: ShardWork, stores: Sequence[ActivationStore], own: str) -> None:
-    """Fill the rows of `block` that are copies; earlier shards of the own store must have been written."""
+def fill_copies(block: ShardBlock, work: ShardWork, sources: Sequence[RowReader], own: RowReader) -> None:
+    """Fill the rows of `block` that are copies; earlier shards of the own store must have been written.
+
+    Only chunks that hold copied rows are read, and each chunk's checksum is compared before its first row is
+    copied: the copy gets a checksum of its own, so damage would never be noticed again.
+
+    Args:
+        block: what `compute_block` gave; its rows to copy are filled in place.
+        work: the same shard.
+        sources: the stores that `Copy.store` counts, in the same order.
+        own: the store that is being written; one reader for the whole run.
+
+    Raises:
+        StoreDamagedError: a chunk to copy from is damaged; the message names store, array, shard and rows.
+    """
     outside: dict[int, list[Copy]] = {}
     for copy in work.copies:
         if copy.store == OWN_STORE and copy.row >= work.start:
             _copy_within(block, copy.position, copy.row - work.start)
         else:
             outside.setdefault(copy.store, []).append(copy)
-    for store_index, copies in outside.items():
-        store = ActivationStore.open(own, allow_incomplete=True) if store_index == OWN_STORE else stores[store_index]
-        positions = [copy.position for copy in copies]
-        rows = np.asarray([copy.row for copy in copies], dtype=np.int64)
-        block.status[positions] = store.status()[rows]
-        reasons = store.reasons()
-        for copy in copies:
-            block.reason[copy.position] = str(reasons[copy.row])
-        for layer in block.diff:
-            block.norm[layer][positions] = store.norms(layer)[rows]
-            for name, arrays in (("diff", block.diff), ("chosen", block.chosen), ("rejected", block.rejected)):
-                if arrays is not None:
-                    arrays[layer][positions] = store.take(layer, rows, array=name)
+    for store, copies in outside.items():
+        if store == OWN_STORE:
+            _copy_from(own, block, copies)
+            continue
+        try:
+            _copy_from(sources[store], block, copies)
+        except StoreDamagedError as error:
+            raise StoreDamagedError(f"rows cannot be copied from a store of --reuse: {error}") from error
+
+
+def _copy_from(reader: RowReader, block: ShardBlock, copies: Sequence[Copy]) -> None:
+    positions = np.asarray([copy.position for copy in copies], dtype=np.int64)
+    rows = np.asarray([copy.row for copy in copies], dtype=np.int64)
+    status = reader.status(rows)
+    block.status[positions] = status
+    # An ok row has no reason, and text is slow to decode.
+    quarantined = status == QUARANTINED
+    reasons = reader.take("reason", rows[quarantined])
+    for position, reason in zip(positions[quarantined].tolist(), reasons.tolist(), strict=True):
+        block.reason[position] = reason
+    for layer in block.diff:
+        block.norm[layer][positions] = reader.take(f"norm/{layer}", rows)
+        for name, arrays in (("diff", block.diff), ("chosen", block.chosen), ("rejected", block.rejected)):
+            if arrays is not None:
+                arrays[layer][positions] = reader.take(f"{name}/{layer}", rows)
 
 
 def _copy_within(block: ShardBlock, position: int, original: int) -> None:

@@ -7,7 +7,9 @@ A local object is replaced at once (written beside its place, made durable, then
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 from urllib.parse import unquote, urlparse
@@ -15,7 +17,7 @@ from urllib.parse import unquote, urlparse
 import numpy as np
 import numpy.typing as npt
 
-from pairtrace.errors import StoreError
+from pairtrace.errors import MissingDependencyError, StoreError
 
 if TYPE_CHECKING:
     import zarr
@@ -75,6 +77,15 @@ class LocalLocation:
     def name(self) -> str:
         """The directory."""
         return str(self.root)
+
+    def is_directory(self) -> bool:
+        """Whether there is a directory at all.
+
+        Raises:
+            StoreError: it cannot be told, for want of permission.
+        """
+        with _explain_read_errors(self.name):
+            return self.root.is_dir()
 
     def read(self, key: str) -> RawBytes | None:
         """Map an object; nothing is read until it is looked at."""
@@ -167,7 +178,8 @@ class RemoteLocation:
         from zarr.core.sync import sync
 
         store = self._open_store(read_only=True)
-        buffer = sync(store.get(key, default_buffer_prototype()))
+        with _explain_read_errors(f"{self.address}: {key}"):
+            buffer = sync(store.get(key, default_buffer_prototype()))
         return None if buffer is None else np.frombuffer(buffer.to_bytes(), np.uint8)
 
     def size(self, key: str) -> int | None:
@@ -175,10 +187,11 @@ class RemoteLocation:
         from zarr.core.sync import sync
 
         store = self._open_store(read_only=True)
-        try:
-            return sync(store.getsize(key))
-        except FileNotFoundError:
-            return None
+        with _explain_read_errors(f"{self.address}: {key}"):
+            try:
+                return sync(store.getsize(key))
+            except FileNotFoundError:
+                return None
 
     def write(self, objects: Mapping[str, Sequence[RawBytes]], *, durable: bool) -> None:
         """Put objects."""
@@ -200,9 +213,11 @@ class RemoteLocation:
         from zarr.core.sync import sync
 
         async def listed() -> list[str]:
-            return sorted([key async for key in self._open_store(read_only=True).list()])
+            return sorted([key async for key in store.list()])
 
-        return sync(listed())
+        store = self._open_store(read_only=True)
+        with _explain_read_errors(self.address):
+            return sync(listed())
 
     def open_group(self, mode: str) -> zarr.Group:
         """The address as a Zarr group."""
@@ -215,15 +230,46 @@ class RemoteLocation:
         from zarr.storage import FsspecStore
 
         if read_only not in self._stores:
-            self._stores[read_only] = FsspecStore.from_url(self.address, read_only=read_only)
+            try:
+                self._stores[read_only] = FsspecStore.from_url(self.address, read_only=read_only)
+            except ImportError as error:
+                raise MissingDependencyError(
+                    _packages_in(str(error)), None, f"the store address {self.address!r}"
+                ) from error
+            except ValueError as error:
+                raise StoreError(f"{self.address!r} is not an address that can be opened: {error}") from error
         return self._stores[read_only]
 
 
 def open_location(path: StorePath) -> LocalLocation | RemoteLocation:
-    """The location that a path or address names; nothing is opened or created yet."""
+    """The location that a path (`~` is the home directory) or address names; nothing is opened or created yet.
+
+    Raises:
+        StoreError: `~name` names an unknown user.
+    """
     text = os.fspath(path)
     if text.startswith("file://"):
         return LocalLocation(Path(unquote(urlparse(text).path)))
     if "://" in text:
         return RemoteLocation(text)
-    return LocalLocation(Path(text))
+    if not text.startswith("~"):  # a Path drops the dot of "./~name"
+        return LocalLocation(Path(text))
+    try:
+        return LocalLocation(Path(text).expanduser())
+    except RuntimeError as error:
+        raise StoreError(f"{text}: {error}; write ./{text} if the path begins with this very name") from error
+
+
+@contextmanager
+def _explain_read_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(f"{what} cannot be read: {error}") from error
+
+
+def _packages_in(message: str) -> str:
+    """The packages that fsspec asks for, for example in "Install s3fs to access S3", separated by spaces."""
+    quoted = re.findall(r'"([\w.-]+)"', message)
+    named = quoted or re.findall(r"[Ii]nstall (?:the )?([\w.-]+)", message)
+    return " ".join(named) or "fsspec"

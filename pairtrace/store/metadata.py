@@ -6,6 +6,7 @@ has our lock file, no manifest and no chunk is a creation that was interrupted, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -102,6 +103,31 @@ def create_store(location: Location, manifest: Manifest, *, durable: bool) -> No
         fsync_path(location.root.absolute().parent)
 
 
+def discard_unmarked(location: LocalLocation, manifest: Manifest, *, durable: bool) -> bool:
+    """Take the manifest from a store in which no shard is finished, so that `create_store` starts it over.
+
+    The lock must be held. Chunks without a mark go first and the manifest last: a crash in between leaves an
+    empty store, or a creation that was interrupted.
+
+    Args:
+        location: the store.
+        manifest: its own manifest.
+        durable: make every step outlive a power cut before the next one.
+
+    Returns:
+        False, with nothing touched, when there is a mark (whole or damaged) or a file that is not the store's.
+    """
+    specs = array_specs(manifest)
+    chunks = {spec.key(shard) for name, spec in specs.items() if name != "status" for shard in range(spec.shards)}
+    leftovers = [key for key in location.list_keys() if not _is_creation(key)]
+    if not chunks.issuperset(leftovers):
+        return False
+    for key in leftovers:
+        location.remove(key, durable=durable)
+    location.remove(ZARR_JSON, durable=durable)
+    return True
+
+
 def remove_partial_files(location: LocalLocation) -> None:
     """Remove what a killed writer left half-written; the lock must be held."""
     for key in location.list_keys():
@@ -117,7 +143,7 @@ def require_manifest(location: Location) -> Manifest:
         StoreSchemaError: the store has another schema version.
         StoreDamagedError: the manifest or an array's description is damaged.
     """
-    if isinstance(location, LocalLocation) and not location.root.is_dir():
+    if isinstance(location, LocalLocation) and not location.is_directory():
         raise StoreError(f"{location.name}: no such store; make one with: pairtrace extract DATA --store PATH")
     manifest = read_manifest(location)
     if manifest is None:
@@ -130,16 +156,26 @@ def require_manifest(location: Location) -> Manifest:
     return manifest
 
 
+def _is_creation(key: str) -> bool:
+    """Whether a file may be there without a single chunk having been written."""
+    return key == LOCK_KEY or Path(key).name == ZARR_JSON or key.endswith(PARTIAL)
+
+
 def _clear_interrupted_creation(root: Path) -> None:
     leftovers = [key for key in LocalLocation(root).list_keys() if key != LOCK_KEY]
     for key in leftovers:
-        if Path(key).name != ZARR_JSON and not key.endswith(PARTIAL):
+        if not _is_creation(key):
             raise StoreDamagedError(
                 f"{root} holds data ({key}) but its {ZARR_JSON} has no manifest; "
                 "restore that file, or choose another --store path"
             )
     for key in leftovers:
         (root / key).unlink()
+    # Zarr warns about directories that are no arrays, and the arrays may be other ones this time.
+    for folder, _, _ in os.walk(root, topdown=False):
+        if Path(folder) != root:
+            with contextlib.suppress(OSError):  # not empty: the lock is in it
+                Path(folder).rmdir()
 
 
 def _fsync_tree(root: Path) -> None:

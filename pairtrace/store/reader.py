@@ -3,12 +3,11 @@
 Legend: N rows (pairs), D width, S rows per shard.
 
 On a local path rows are mapped, not copied. The length of a chunk is checked before any of its rows is
-handed out; its checksum is compared the first time `blocks` reaches it.
+handed out; its checksum is compared the first time `blocks` reaches it (and `take`, where it is asked to).
 """
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TypedDict
@@ -17,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pairtrace.errors import ConfigError, LayerError, StoreIncompleteError
-from pairtrace.store.chunks import damaged, find_chunk, read_chunk
+from pairtrace.store.advice import resume_advice
+from pairtrace.store.chunks import read_chunk
 from pairtrace.store.layout import MISSING, OK, QUARANTINED, ROW_ARRAYS, ArraySpec, array_specs
 from pairtrace.store.location import Location, StorePath, open_location
 from pairtrace.store.lock import LOCK_KEY
 from pairtrace.store.manifest import Manifest
 from pairtrace.store.metadata import require_manifest
+from pairtrace.store.rows import RowReader, read_mark
 
 
 class StoreSummary(TypedDict):
@@ -52,7 +53,7 @@ class ActivationStore:
         self._location = location
         self._specs = array_specs(manifest)
         self._status = status
-        self._checked: set[tuple[str, int]] = set()
+        self._reader = RowReader(location, manifest)
 
     @classmethod
     def open(cls, path: StorePath, *, allow_incomplete: bool = False) -> ActivationStore:
@@ -95,13 +96,11 @@ class ActivationStore:
 
     def resume_advice(self) -> str:
         """What to type to compute the missing rows."""
-        manifest = self.manifest
-        words = ["pairtrace", "extract", manifest.data, "--model", manifest.model]
-        words += ["--layers", ",".join(map(str, manifest.layers)), "--store", self.path, "--dtype", manifest.dtype]
-        words += ["--sides"] if manifest.sides else []
-        words += ["--max-length", str(manifest.max_length)] if manifest.max_length is not None else []
-        words += ["--limit", str(manifest.limit)] if manifest.limit is not None else []
-        return f"Compute them by running the same extraction again: {shlex.join(words)}"
+        return resume_advice(self.manifest, self.path)
+
+    def row_reader(self) -> RowReader:
+        """Access to the rows of every array by number; one object, so a checksum is compared only once."""
+        return self._reader
 
     def status(self) -> npt.NDArray[np.uint8]:
         """uint8 [N]: 0 missing, 1 ok, 2 quarantined (read-only)."""
@@ -179,15 +178,17 @@ class ActivationStore:
             raise ConfigError(f"block_rows must be at least 1, not {block_rows}")
         return self._iterate(spec, step, checksum)
 
-    def take(self, layer: int, rows: Sequence[int] | np.ndarray, array: str = "diff") -> np.ndarray:
+    def take(
+        self, layer: int, rows: Sequence[int] | np.ndarray, array: str = "diff", *, checksum: bool = False
+    ) -> np.ndarray:
         """Copy any rows, in the order asked for.
-
-        On a local path only the pages of these rows are read, so the checksum is not compared.
 
         Args:
             layer: a layer of the store.
             rows: int [n], each in [0, N); repeats are allowed.
             array: "diff", or "chosen" or "rejected" in a store with sides.
+            checksum: compare the checksum of a shard when this object reads it for the first time, which
+                reads all of it; otherwise only the pages of these rows are read on a local path.
 
         Returns:
             [n, D] in the type of the store (bfloat16 as uint16).
@@ -196,7 +197,7 @@ class ActivationStore:
             LayerError: the layer is not in the store.
             ConfigError: the array is not in the store, or a row is outside it.
             StoreIncompleteError: a row is missing.
-            StoreDamagedError: a chunk is missing or has the wrong length.
+            StoreDamagedError: a chunk is missing, has the wrong length, or (if compared) the wrong checksum.
         """
         spec = self._row_spec(layer, array)
         asked = np.asarray(rows)
@@ -212,21 +213,11 @@ class ActivationStore:
                 f"{self.path}: {missing.size} of the rows asked for are missing, the first is row {missing[0]}. "
                 f"{self.resume_advice()}"
             )
-        result = np.empty((wanted.size, *spec.row_shape), spec.numpy_dtype)
-        shard_of = wanted // spec.shard_rows
-        order = np.argsort(shard_of, kind="stable")
-        shards, starts = np.unique(shard_of[order], return_index=True)
-        for shard, places in zip(shards.tolist(), np.split(order, starts[1:]), strict=False):
-            chunk = read_chunk(self._location, spec, shard, checksum=False)
-            result[places] = chunk[wanted[places] - shard * spec.shard_rows]
-        return result
+        return self._reader.take(spec.name, wanted, checksum=checksum)
 
     def _iterate(self, spec: ArraySpec, step: int, checksum: bool) -> Iterator[tuple[int, np.ndarray]]:
         for shard in self._finished_shards():
-            first = checksum and (spec.name, shard) not in self._checked
-            chunk = read_chunk(self._location, spec, shard, checksum=first)
-            if first:
-                self._checked.add((spec.name, shard))
+            chunk = self._reader.chunk(spec.name, shard, checksum=checksum)
             start = spec.span(shard)[0]
             for offset in range(0, len(chunk), step):
                 yield start + offset, chunk[offset : offset + step]
@@ -269,11 +260,8 @@ def _read_status(location: Location, spec: ArraySpec) -> npt.NDArray[np.uint8]:
     """
     status = np.zeros(spec.rows, np.uint8)
     for shard in range(spec.shards):
-        values = find_chunk(location, spec, shard)
-        if values is None:
-            continue
-        start, stop = spec.span(shard)
-        if not np.isin(values, (OK, QUARANTINED)).all():
-            raise damaged(location, spec, shard, "its mark holds rows without a status")
-        status[start:stop] = values
+        values = read_mark(location, spec, shard)
+        if values is not None:
+            start, stop = spec.span(shard)
+            status[start:stop] = values
     return status

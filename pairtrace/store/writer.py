@@ -15,7 +15,7 @@ from types import TracebackType
 
 import numpy as np
 
-from pairtrace.errors import StoreDamagedError, StoreWriteError
+from pairtrace.errors import StoreDamagedError, StoreMismatchError, StoreWriteError
 from pairtrace.store.chunks import encode, read_chunk
 from pairtrace.store.layout import (
     MISSING,
@@ -30,6 +30,7 @@ from pairtrace.store.manifest import Manifest
 from pairtrace.store.metadata import (
     check_arrays,
     create_store,
+    discard_unmarked,
     read_manifest,
     refuse_foreign_directory,
     remove_partial_files,
@@ -104,6 +105,8 @@ class StoreWriter:
     def create_or_resume(cls, path: StorePath, manifest: Manifest, fsync: bool = True) -> StoreWriter:
         """Create an empty store, or open an existing one of the same identity to compute what is missing.
 
+        A local store of another identity in which no shard is finished yet is created anew.
+
         Args:
             path: directory, or address of an object store.
             manifest: what this run computes.
@@ -111,7 +114,7 @@ class StoreWriter:
                 still loses nothing, a power cut may.
 
         Raises:
-            StoreMismatchError: the store was made from something else.
+            StoreMismatchError: the store was made from something else, and holds some of it.
             StoreSchemaError: the store has another schema version.
             StoreDamagedError: the store's metadata is damaged.
             StoreLockedError: another process is writing.
@@ -126,10 +129,9 @@ class StoreWriter:
                     refuse_foreign_directory(location)
                     lock = WriterLock(location.root)
                 existing = _manifest_if_readable(location)
-                if existing is None:
+                if existing is None or _gives_way(location, existing, manifest, durable=fsync):
                     create_store(location, manifest, durable=fsync)
                     return cls(location, manifest, lock, fsync=fsync, created=True)
-                existing.require_same(manifest)
                 check_arrays(location, existing)
                 if isinstance(location, LocalLocation):
                     remove_partial_files(location)
@@ -241,6 +243,24 @@ def _manifest_if_readable(location: Location) -> Manifest | None:
     if isinstance(location, LocalLocation) and location.size("zarr.json") == 0:
         return None
     return read_manifest(location)
+
+
+def _gives_way(location: Location, existing: Manifest, manifest: Manifest, *, durable: bool) -> bool:
+    """Whether a store of another identity was empty and is cleared away (local only, where the lock protects it).
+
+    Raises:
+        StoreMismatchError: it has another identity and is not empty.
+    """
+    try:
+        existing.require_same(manifest)
+    except StoreMismatchError as error:
+        if not isinstance(location, LocalLocation) or not discard_unmarked(location, existing, durable=durable):
+            raise
+        logger.warning(
+            "%s was begun with another %s but holds no finished shard: it is begun anew", location.name, error.field
+        )
+        return True
+    return False
 
 
 @contextmanager

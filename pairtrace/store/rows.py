@@ -1,0 +1,117 @@
+"""Any rows of any array of a store, straight from its chunks as they are at this moment.
+
+Legend: D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pairtrace.store.chunks import damaged, find_chunk, read_chunk
+from pairtrace.store.layout import OK, QUARANTINED, ArraySpec, array_specs
+from pairtrace.store.location import Location, StorePath, open_location
+from pairtrace.store.manifest import Manifest
+from pairtrace.store.metadata import require_manifest
+
+
+class RowReader:
+    """Reads rows of a store that may still be growing; only the chunks concerned are looked at.
+
+    Unlike `ActivationStore`, it keeps no record of what was finished when it was opened: the mark of a shard
+    is read when one of its rows is asked for. Of checksums it remembers which ones it has compared, so a
+    chunk that was read with its checksum once must not be written again.
+    """
+
+    def __init__(self, location: Location, manifest: Manifest) -> None:
+        self._location = location
+        self._specs = array_specs(manifest)
+        self._checked: set[tuple[str, int]] = set()
+
+    @classmethod
+    def open(cls, path: StorePath) -> RowReader:
+        """Open a store, complete or not.
+
+        Raises:
+            StoreError: there is no pairtrace store at `path`.
+            StoreSchemaError: the store has another schema version.
+            StoreDamagedError: the manifest or an array's description is damaged.
+        """
+        location = open_location(path)
+        return cls(location, require_manifest(location))
+
+    def chunk(self, name: str, shard: int, *, checksum: bool = True) -> np.ndarray:
+        """All rows of one shard of one array; a read-only view of the file on a local path.
+
+        Args:
+            name: name of the array, for example "diff/20".
+            shard: number of the shard.
+            checksum: compare the checksum when this object reads the chunk for the first time.
+
+        Raises:
+            StoreDamagedError: the chunk is missing, has the wrong length, or (if compared) the wrong checksum.
+        """
+        first = checksum and (name, shard) not in self._checked
+        rows = read_chunk(self._location, self._specs[name], shard, checksum=first)
+        if first:
+            self._checked.add((name, shard))
+        return rows
+
+    def take(self, name: str, rows: Sequence[int] | npt.NDArray[np.int64], *, checksum: bool = True) -> np.ndarray:
+        """Copy rows of one array, in the order asked for.
+
+        Args:
+            name: name of the array, for example "norm/20".
+            rows: int64 [n], each in [0, N); repeats are allowed.
+            checksum: compare the checksum of each chunk that this object has not compared before.
+
+        Returns:
+            [n, ...] in the type of the array; strings as objects.
+
+        Raises:
+            StoreDamagedError: a chunk is missing, has the wrong length, or (if compared) the wrong checksum.
+        """
+        spec = self._specs[name]
+        wanted = np.asarray(rows, dtype=np.int64)
+        result = np.empty((wanted.size, *spec.row_shape), object if spec.is_text else spec.numpy_dtype)
+        shard_of = wanted // spec.shard_rows
+        order = np.argsort(shard_of, kind="stable")
+        shards, starts = np.unique(shard_of[order], return_index=True)
+        for shard, places in zip(shards.tolist(), np.split(order, starts[1:]), strict=False):
+            chunk = self.chunk(name, shard, checksum=checksum)
+            result[places] = chunk[wanted[places] - shard * spec.shard_rows]
+        return result
+
+    def status(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
+        """uint8 [n]: 1 ok or 2 quarantined, from the marks as they are now.
+
+        Raises:
+            StoreDamagedError: a shard has no mark, or a damaged one.
+        """
+        spec = self._specs["status"]
+        values = self.take("status", rows)
+        for shard in np.unique(np.asarray(rows, dtype=np.int64)[~_is_status(values)] // spec.shard_rows).tolist():
+            raise damaged(self._location, spec, shard, _NO_STATUS)
+        return values
+
+
+def read_mark(location: Location, spec: ArraySpec, shard: int) -> npt.NDArray[np.uint8] | None:
+    """Status of the rows of one shard, uint8 [n], or None for a shard without a mark.
+
+    Raises:
+        StoreDamagedError: the mark is damaged, or holds something else than 1 and 2.
+    """
+    values = find_chunk(location, spec, shard)
+    if values is not None and not _is_status(values).all():
+        raise damaged(location, spec, shard, _NO_STATUS)
+    return values
+
+
+_NO_STATUS = "its mark holds rows without a status"
+
+
+def _is_status(values: np.ndarray) -> npt.NDArray[np.bool_]:
+    found: npt.NDArray[np.bool_] = (values == OK) | (values == QUARANTINED)
+    return found
