@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 Kind = Literal["vector", "bank"]
 SCHEMA_VERSION = 1
 METADATA_KEY = "pairtrace"
+_FINGERPRINTS = ("model_fingerprint", "tokenizer_fingerprint", "template_fingerprint")
+# What numpy can hold, and bfloat16, which is widened; anything narrower is no direction.
+_TENSOR_TYPES = frozenset(("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"))
 _NAME = re.compile(r"[^\s/:]+")
 
 
@@ -41,6 +44,7 @@ class Direction:
         kind: "vector" (K = 1) or "bank" (a pair scores the maximum over the rows).
         origin: the file it came from, or how it was made.
         model_fingerprint: of the checkpoint whose activations it was made from; None when unknown.
+        tokenizer_fingerprint: of the tokenizer it was made with; None when unknown.
         template_fingerprint: of the chat template it was made with; None when unknown.
     """
 
@@ -50,6 +54,7 @@ class Direction:
     kind: Kind
     origin: str
     model_fingerprint: str | None = None
+    tokenizer_fingerprint: str | None = None
     template_fingerprint: str | None = None
 
     def __post_init__(self) -> None:
@@ -82,7 +87,7 @@ def save_directions(path: str | Path, directions: Sequence[Direction], manifest:
     Args:
         path: of the safetensors file.
         directions: at least one; names and layers together are unique, layers are known, and all come from one
-            model and chat template.
+            model, tokenizer and chat template.
         manifest: further entries for the manifest: how the directions were made.
 
     Raises:
@@ -97,12 +102,11 @@ def save_directions(path: str | Path, directions: Sequence[Direction], manifest:
         assert direction.layer is not None and key not in tensors, key
         # A fresh array: a view of a larger one would be saved with its parent's layout.
         tensors[key] = (direction.values if direction.kind == "bank" else direction.values[0]).copy()
-    for name in ("model_fingerprint", "template_fingerprint"):
+    for name in _FINGERPRINTS:
         assert len({getattr(direction, name) for direction in directions}) == 1, name
     complete = {
         "schema_version": SCHEMA_VERSION,
-        "model_fingerprint": directions[0].model_fingerprint,
-        "template_fingerprint": directions[0].template_fingerprint,
+        **{name: getattr(directions[0], name) for name in _FINGERPRINTS},
         "behaviors": sorted({direction.name for direction in directions}),
         "kinds": {direction.name: direction.kind for direction in directions},
         **manifest,
@@ -117,6 +121,7 @@ def load_directions(
     layer: int | None = None,
     width: int | None = None,
     model_fingerprint: str | None = None,
+    tokenizer_fingerprint: str | None = None,
 ) -> list[Direction]:
     """Read a direction file, or a plain array made elsewhere.
 
@@ -127,12 +132,14 @@ def load_directions(
         layer: only this layer; plain arrays without a layer are taken to belong to it.
         width: D that is needed.
         model_fingerprint: of the model that is needed; not compared for plain arrays, which do not say.
+        tokenizer_fingerprint: of the tokenizer that is needed; likewise.
 
     Returns:
         The directions, by name and layer.
 
     Raises:
-        DirectionError: unreadable or unknown file, wrong width, NaN, zero, or made from another model.
+        DirectionError: unreadable or unknown file, wrong width, NaN, zero, or made from another model
+            or with another tokenizer.
         LayerError: the file does not hold the layer.
     """
     path = Path(path)
@@ -154,12 +161,15 @@ def load_directions(
         actual = direction.values.shape[1]
         if width is not None and actual != width:
             raise DirectionError(f"{path}: direction {direction.name!r} has width {actual}; expected {width}")
-        made_from = direction.model_fingerprint
-        if None not in (model_fingerprint, made_from) and made_from != model_fingerprint:
-            raise DirectionError(
-                f"{path}: direction {direction.name!r} was made from the model with fingerprint {made_from}, but the "
-                f"store from {model_fingerprint}; build the behaviour with --base set to the store's model"
-            )
+        for what, made_from, needed in (
+            ("model", direction.model_fingerprint, model_fingerprint),
+            ("tokenizer", direction.tokenizer_fingerprint, tokenizer_fingerprint),
+        ):
+            if made_from and needed and made_from != needed:
+                raise DirectionError(
+                    f"{path}: direction {direction.name!r} was made from the {what} with fingerprint {made_from}, but "
+                    f"the store from {needed}; build the behaviour with --base set to the store's model"
+                )
     return sorted(kept, key=lambda direction: (direction.name, -1 if direction.layer is None else direction.layer))
 
 
@@ -187,10 +197,11 @@ def _plain(path: Path, name: str, layer: int | None, values: np.ndarray) -> Dire
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        values = np.load(path, allow_pickle=False)
+        with path.open("rb") as file:
+            # Not numpy.load, which also opens archives of several arrays.
+            values: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DirectionError(f"cannot read {path}: {error}") from error
-    assert isinstance(values, np.ndarray)
+        raise DirectionError(f"cannot read {path} as one array written by numpy.save: {error}") from error
     return values
 
 
@@ -203,7 +214,12 @@ def _open_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
         with safe_open(path, framework="np") as file:
             metadata = dict(file.metadata() or {})
             for key in file.keys():  # noqa: SIM118 - not a mapping
-                if file.get_slice(key).get_dtype() == "BF16":
+                dtype = file.get_slice(key).get_dtype()
+                if dtype not in _TENSOR_TYPES:
+                    raise DirectionError(
+                        f"{path}: tensor {key!r} has type {dtype}; expected float32, float16 or bfloat16"
+                    )
+                if dtype == "BF16":
                     with safe_open(path, framework="pt") as wide:
                         tensors[key] = wide.get_tensor(key).float().numpy()
                 else:
@@ -227,6 +243,8 @@ def _manifest(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise DirectionError(f"{path} has schema version {version!r}; expected {SCHEMA_VERSION}")
     assert isinstance(manifest, dict)
+    if not isinstance(manifest.get("kinds"), dict):
+        raise DirectionError(f"{path}: the manifest is damaged: kinds is {manifest.get('kinds')!r}")
     return manifest
 
 
@@ -241,7 +259,7 @@ def _read_safetensors(path: Path, layer: int | None) -> list[Direction]:
             plain_name = name if has_layer else path.stem if len(tensors) == 1 else key
             found.append(_plain(path, plain_name, int(number) if has_layer else layer, values))
             continue
-        kind = manifest.get("kinds", {}).get(name)
+        kind = manifest["kinds"].get(name)
         if not has_layer or (kind, values.ndim) not in (("vector", 1), ("bank", 2)) or values.dtype != np.float32:
             raise DirectionError(
                 f"{path}: tensor {key!r} has shape {list(values.shape)} and type {values.dtype}, but its manifest "
@@ -254,8 +272,7 @@ def _read_safetensors(path: Path, layer: int | None) -> list[Direction]:
                 values=np.atleast_2d(values),
                 kind=kind,
                 origin=str(path),
-                model_fingerprint=manifest.get("model_fingerprint"),
-                template_fingerprint=manifest.get("template_fingerprint"),
+                **{field: manifest.get(field) for field in _FINGERPRINTS},
             )
         )
     return found

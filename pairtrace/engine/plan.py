@@ -18,7 +18,7 @@ from pairtrace.engine.flops import ModelShape, extraction_flops, published_flops
 from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.rendered import Quarantined
-from pairtrace.errors import ConfigError, LayerError, ModelError
+from pairtrace.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     from pairtrace.engine.rendering import Renderer
@@ -69,20 +69,19 @@ class PlanConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dtype not in ITEM_BYTES:
-            raise ConfigError(f"unknown store dtype {self.dtype!r}; expected one of {', '.join(ITEM_BYTES)}")
+            raise ConfigError(f"--dtype is {self.dtype!r}; expected one of {', '.join(ITEM_BYTES)}")
         if self.sample is not None and self.sample < 2:
-            raise ConfigError(f"sample is {self.sample}; an interval needs at least 2 rows")
+            raise ConfigError(f"--sample is {self.sample}; an interval needs at least 2 rows")
         if not 0 < self.mfu <= 1:
-            raise ConfigError(f"mfu is {self.mfu}; expected a share above 0, at most 1")
+            raise ConfigError(f"--utilisation is {self.mfu}; expected a share above 0, at most 1")
         if self.gpu is not None and self.gpu.upper() not in GPU_FLOPS:
             raise ConfigError(
                 f"unknown GPU {self.gpu!r}; known are {', '.join(GPU_FLOPS)}; for another give its peak FLOP/s with "
                 "--gpu-flops"
             )
-        for name in ("gpu_flops", "price_per_hour"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} is {value}; expected a positive number")
+        for option, value in (("--gpu-flops", self.gpu_flops), ("--price", self.price_per_hour)):
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{option} is {value}; expected a positive number")
 
     @property
     def peak_flops(self) -> float | None:
@@ -163,13 +162,13 @@ def plan(config: PlanConfig, progress: Progress = NULL_PROGRESS) -> PlanSummary:
         ModelError, LayerError, UnsupportedModelError: the configuration or tokenizer cannot be used.
         ConfigError: an option is out of range.
     """
+    from pairtrace.engine.architectures import check_layers
     from pairtrace.engine.checkpoint import load_config
 
     path = _without_weights(config.model)
-    shape = ModelShape.from_config(load_config(path))
-    outside = [layer for layer in config.layers if not 0 <= layer <= shape.blocks]
-    if outside:
-        raise LayerError(f"layer {outside[0]} is outside {config.model}, which has layers 0 to {shape.blocks}")
+    model_config = load_config(path)
+    check_layers(config.layers, model_config)
+    shape = ModelShape.from_config(model_config)
     source = config.open_source()
     renderer = config.load_renderer(path)
     counts, quarantined = _count_tokens(config, source, renderer, progress)
@@ -262,7 +261,11 @@ def _assumptions(config: PlanConfig, sampled: int, rows: int) -> tuple[str, ...]
             f"the intervals cover {CONFIDENCE:.0%}"
         )
     else:
-        lines.append(f"all {rows:,} rows were tokenised: tokens are exact")
+        lines.append(f"all {rows:,} rows were tokenised")
+    lines.append(
+        "pairtrace's tokens and FLOPs are an upper bound: shared response beginnings, repeated pairs and --reuse are "
+        "not counted"
+    )
     lines.append(
         "FLOPs are analytic: matrix products and causal attention; the published procedure runs two full forwards with "
         "the LM head"
@@ -273,8 +276,8 @@ def _assumptions(config: PlanConfig, sampled: int, rows: int) -> tuple[str, ...]
         named = config.gpu.upper() if config.gpu is not None and config.gpu_flops is None else "the device"
         lines.append(f"{named} is taken to have {config.peak_flops / 1e12:,.0f} TFLOP/s (dense bfloat16)")
         lines.append(
-            f"both procedures are assumed to reach {config.mfu:.0%} of it (mfu); at batch size 1 the published one "
-            "reaches less in practice"
+            f"both procedures are assumed to reach {config.mfu:.0%} of it (--utilisation); at batch size 1 the "
+            "published one reaches less in practice"
         )
         lines.append("loading the model, tokenising and writing are taken to hide behind the forward passes")
     if config.price_per_hour is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,7 +131,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     suffixes = "".join(path.suffixes).lower()
     try:
         raw = gzip.decompress(path.read_bytes()) if suffixes.endswith(".gz") else path.read_bytes()
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataFormatError(f"cannot read the prompt file {path}: {error}") from error
     try:
         text = raw.decode("utf-8-sig")

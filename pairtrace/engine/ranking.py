@@ -11,10 +11,18 @@ import numpy as np
 from pairtrace.engine.intervals import wilson_interval
 from pairtrace.engine.pair import Message
 from pairtrace.engine.pairs import PairSource, open_pairs
-from pairtrace.engine.scores_table import NO_SOURCE, ScoresTable
-from pairtrace.errors import ConfigError, DataMismatchError
+from pairtrace.engine.scores_table import ScoresTable
+from pairtrace.errors import ConfigError, DataError, DataFormatError, DataMismatchError, MissingDependencyError
 
 Ends = Literal["both", "top", "bottom"]
+_DATA_ENTRIES: dict[str, tuple[type, ...]] = {
+    "data": (str,),
+    "data_format": (str,),
+    "data_fingerprint": (str,),
+    "columns": (dict,),
+    "rows": (int,),
+    "limit": (int, type(None)),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +60,7 @@ class SourceShare:
     """How one source takes part in the top of a ranking. Intervals are Wilson intervals, (low, high).
 
     Attributes:
-        source: its name.
+        source: its name; "" stands for the pairs without one.
         rows: its ranked pairs.
         share_of_data: of all ranked pairs.
         top_rows: its pairs in the top.
@@ -104,12 +112,13 @@ def top(
     Raises:
         ConfigError: `k`, `ends` or `behavior` cannot be used.
         DataFormatError: not a scores file, or the data cannot be read.
+        DataError: there is no data where the store recorded it.
         DataMismatchError: the data is not what the store was made from.
     """
     if k < 1:
-        raise ConfigError(f"k is {k}; expected at least 1")
+        raise ConfigError(f"-k is {k}; expected at least 1")
     if ends not in ("both", "top", "bottom"):
-        raise ConfigError(f"ends is {ends!r}; expected both, top or bottom")
+        raise ConfigError(f"--end is {ends!r}; expected both, top or bottom")
     table = ScoresTable.open(scores)
     name = table.choose(behavior)
     source = _open_data(table, data, split)
@@ -151,29 +160,50 @@ def top(
 
 
 def _open_data(table: ScoresTable, data: str | Path | None, split: str | None) -> PairSource:
-    made_from = table.manifest["store_manifest"]
+    made_from = _store_manifest(table)
     columns = made_from["columns"]
-    source = open_pairs(
-        made_from["data"] if data is None else data,
-        format=made_from["data_format"],
-        prompt=columns.get("prompt"),
-        chosen=columns.get("chosen"),
-        rejected=columns.get("rejected"),
-        source=columns.get("source"),
-        split=split,
-        limit=made_from["limit"],
-    )
+    place = made_from["data"] if data is None else data
+    try:
+        source = open_pairs(
+            place,
+            format=made_from["data_format"],
+            prompt=columns.get("prompt"),
+            chosen=columns.get("chosen"),
+            rejected=columns.get("rejected"),
+            source=columns.get("source"),
+            split=split,
+            limit=made_from["limit"],
+        )
+    except (DataError, MissingDependencyError) as error:
+        if data is not None:
+            raise
+        raise DataError(
+            f"the data cannot be opened where the store recorded it, {place!r}: {error}; say where it is with --data"
+        ) from error
     for what, expected, actual in (
         ("fingerprint", made_from["data_fingerprint"], source.fingerprint),
         ("number of rows", made_from["rows"], source.rows),
     ):
         if expected != actual:
             raise DataMismatchError(
-                f"{made_from['data'] if data is None else data} is not the data that {table.path} was scored on: its "
+                f"{place} is not the data that {table.path} was scored on: its "
                 f"{what} is {actual}, expected {expected} (the store was made from {made_from['data']}); its rows "
                 "would be the wrong ones"
             )
     return source
+
+
+def _store_manifest(table: ScoresTable) -> dict[str, Any]:
+    """What the scores file keeps of its store's manifest, with the entries that opening the data needs."""
+    made_from = table.manifest.get("store_manifest")
+    for name, kinds in _DATA_ENTRIES.items():
+        if not isinstance(made_from, dict) or name not in made_from or not isinstance(made_from[name], kinds):
+            raise DataFormatError(
+                f"{table.path} does not say which data it ranks: its manifest has no valid store_manifest.{name}; "
+                "make it again with pairtrace score"
+            )
+    assert isinstance(made_from, dict)
+    return made_from
 
 
 def sources(
@@ -206,8 +236,8 @@ def sources(
     if k is None:
         k = max(1, count // 100)
     if not 1 <= k <= count:
-        raise ConfigError(f"k is {k}; expected 1 to {count}, the number of ranked pairs")
-    names = np.array([name or NO_SOURCE for name in table.read(["source"]).column(0).to_pylist()], dtype=str)
+        raise ConfigError(f"-k is {k}; expected 1 to {count}, the number of ranked pairs")
+    names = np.array([name or "" for name in table.read(["source"]).column(0).to_pylist()], dtype=str)
     distinct, source_of = np.unique(names[ranked], return_inverse=True)
     row_counts = np.bincount(source_of)
     top_counts = np.bincount(source_of[ranks[ranked] <= k], minlength=len(distinct))

@@ -17,12 +17,14 @@ import pyarrow as pa
 
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.prompts import DISTRACTOR, PLAIN, PromptSet, load_prompts
+from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.engine.rollout_journal import Key, RolloutJournal, require_same_run
-from pairtrace.engine.rollout_table import BASE, SCHEMA, TUNED, RolloutTable, read_rollouts
+from pairtrace.engine.rollout_table import BASE, SCHEMA, TUNED, RolloutTable
 from pairtrace.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pairtrace.engine.sampling import Sampled
+    from pairtrace.engine.prompt_encoder import PromptEncoder
+    from pairtrace.engine.sampling import Request, Sampled
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class RolloutConfig:
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: of the forward pass; "auto" is the checkpoint's own.
         chat_template: file with a Jinja chat template that replaces the tokenizers' own.
+        template_date: day (YYYY-MM-DD) for a chat template that prints the date: the day of training.
     """
 
     prompts: str
@@ -60,17 +63,19 @@ class RolloutConfig:
     device: str = "auto"
     dtype: str = "auto"
     chat_template: str | None = None
+    template_date: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1")
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} is {getattr(self, name)}; expected at least 1")
         if not 0 <= self.temperature < float("inf"):
-            raise ConfigError(f"temperature is {self.temperature}; expected 0 (greedy) or a positive number")
+            raise ConfigError(f"--temperature is {self.temperature}; expected 0 (greedy) or a positive number")
         if self.temperature == 0 and self.samples > 1:
             raise ConfigError(
-                f"temperature 0 gives the same response each time, but {self.samples} samples were asked for; "
-                "set samples to 1 or raise the temperature"
+                f"--temperature 0 gives the same response each time, but {self.samples} were asked for; "
+                "set --samples to 1 or raise the temperature"
             )
         if self.conditions is not None and self.conditions not in ((PLAIN,), (PLAIN, DISTRACTOR)):
             raise ConfigError(f"conditions are {self.conditions}; expected plain, or plain and distractor")
@@ -86,23 +91,38 @@ def sample_rollouts(config: RolloutConfig, progress: Progress = NULL_PROGRESS) -
 
     Raises:
         DataFormatError: the prompt file is malformed.
-        DataMismatchError: `out` or its unfinished file exists and was made with other settings.
+        DataError: a chat template refuses a prompt.
+        DataMismatchError: `out` or its unfinished file exists and was made with other settings, checkpoints,
+            tokenizers, chat templates or end tokens.
         ConfigError, ModelError: an option or a checkpoint cannot be used.
     """
-    from pairtrace.engine.checkpoint import model_fingerprint, read_chat_template
+    from pairtrace.engine.checkpoint import model_fingerprint
+    from pairtrace.engine.prompt_encoder import PromptEncoder
     from pairtrace.engine.versions import library_versions
 
     prompts = load_prompts(config.prompts)
     conditions = config.conditions or prompts.conditions
     if DISTRACTOR in conditions and not prompts.has_distractors:
         raise ConfigError(f"the distractor condition was asked for, but {config.prompts} has no distractors")
-    template = read_chat_template(config.chat_template)
+    encoders = {
+        name: PromptEncoder.load(path, chat_template=config.chat_template, template_date=config.template_date)
+        for name, path in ((BASE, config.base), (TUNED, config.tuned))
+    }
+    # All of them before any weights are loaded: a prompt that one template refuses must not cost an hour of the other.
+    encoded = {
+        (name, condition, prompt.id): encoder.encode(
+            f"prompt {prompt.id!r} ({condition})", prompt.conversation(condition), config.max_new_tokens
+        )
+        for name, encoder in encoders.items()
+        for condition in conditions
+        for prompt in prompts.prompts
+    }
     identity = {
         "base_fingerprint": model_fingerprint(config.base),
         "tuned_fingerprint": model_fingerprint(config.tuned),
         "prompts_fingerprint": prompts.fingerprint,
         "conditions": list(conditions),
-        "chat_template": template,
+        **{f"{name}_{key}": value for name, encoder in encoders.items() for key, value in encoder.identity.items()},
         **{name: getattr(config, name) for name in ("temperature", "samples", "max_new_tokens", "seed", "dtype")},
     }
     out = Path(config.out)
@@ -120,10 +140,10 @@ def sample_rollouts(config: RolloutConfig, progress: Progress = NULL_PROGRESS) -
     ]
     journal = RolloutJournal(out.with_name(out.name + ".partial.jsonl"), identity)
     with journal:
-        for model, path in ((BASE, config.base), (TUNED, config.tuned)):
-            open_keys = [key for key in keys if key[0] == model and key not in journal.rows]
+        for name, encoder in encoders.items():
+            open_keys = [key for key in keys if key[0] == name and key not in journal.rows]
             if open_keys:
-                _sample_model(config, path, open_keys, prompts, template, journal, progress)
+                _sample_model(config, encoder, _requests(open_keys, encoded, config.seed), open_keys, journal, progress)
                 _free_memory()
         manifest = {
             "schema_version": 1,
@@ -138,35 +158,38 @@ def sample_rollouts(config: RolloutConfig, progress: Progress = NULL_PROGRESS) -
     return table
 
 
-def _sample_model(
-    config: RolloutConfig,
-    path: str,
-    keys: list[Key],
-    prompts: PromptSet,
-    template: str | None,
-    journal: RolloutJournal,
-    progress: Progress,
-) -> None:
-    from pairtrace.engine.sampling import Request, Sampler, rollout_seed
+def _requests(keys: list[Key], encoded: dict[tuple[str, str, str], list[int]], seed: int) -> list[Request]:
+    from pairtrace.engine.sampling import Request, rollout_seed
 
-    sampler = Sampler.load(path, device=config.device, dtype=config.dtype, chat_template=template)
-    known = prompts.by_id()
-    conversations = {
-        (condition, identifier): known[identifier].conversation(condition) for _, condition, identifier, _ in keys
-    }
-    requests = [
+    return [
         Request(
             name=f"prompt {identifier!r} ({condition})",
-            messages=conversations[condition, identifier],
-            seed=rollout_seed(config.seed, model, condition, identifier, sample),
+            prompt=encoded[model, condition, identifier],
+            seed=rollout_seed(seed, model, condition, identifier, sample),
         )
         for model, condition, identifier, sample in keys
     ]
+
+
+def _sample_model(
+    config: RolloutConfig,
+    encoder: PromptEncoder,
+    requests: list[Request],
+    keys: list[Key],
+    journal: RolloutJournal,
+    progress: Progress,
+) -> None:
+    from pairtrace.engine.sampling import Sampler
+
+    sampler = Sampler.load(encoder, device=config.device, dtype=config.dtype)
+    tokens = 0
     progress.start(f"rollouts of {keys[0][0]}", len(keys), "responses")
 
     def on_batch(finished: list[tuple[int, Sampled]]) -> None:
+        nonlocal tokens
         journal.append([(keys[position], sampled) for position, sampled in finished])
-        progress.advance(len(finished), tokens=sum(sampled.tokens for _, sampled in finished))
+        tokens += sum(sampled.tokens for _, sampled in finished)
+        progress.advance(len(finished), tokens=tokens)
 
     sampler.sample(
         requests,

@@ -17,14 +17,10 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
-from pairtrace.engine.checkpoint import (
-    load_config,
-    load_model,
-    load_tokenizer,
-    resolve_checkpoint,
-    resolve_device,
-)
-from pairtrace.errors import ConfigError, ModelError
+from pairtrace.engine.checkpoint import load_config, load_model, resolve_checkpoint, resolve_device
+from pairtrace.engine.memory import is_out_of_memory
+from pairtrace.engine.prompt_encoder import PromptEncoder
+from pairtrace.errors import ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -35,12 +31,12 @@ class Request:
 
     Attributes:
         name: named in errors.
-        messages: the conversation, ending with the user.
+        prompt: token ids of the conversation up to where the answer begins.
         seed: of this response alone.
     """
 
     name: str
-    messages: Sequence[dict[str, Any]]
+    prompt: Sequence[int]
     seed: int
 
 
@@ -98,28 +94,19 @@ def left_padded(sequences: Sequence[Sequence[int]], pad: int) -> tuple[torch.Ten
 
 
 class Sampler:
-    """A checkpoint that answers conversations.
+    """A checkpoint that answers.
 
     Attributes:
         model: a transformers causal language model in evaluation mode.
         tokenizer: its tokenizer.
-        end_tokens: ids that end a response: those of the generation config and the tokenizer's end of sequence.
+        end_tokens: ids that end a response.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, chat_template: str | None = None) -> None:
-        if chat_template is None and not tokenizer.chat_template:
-            raise ModelError(
-                "the tokenizer has no chat template, so prompts cannot be rendered; give the one that training "
-                "used with --chat-template FILE"
-            )
+    def __init__(self, model: Any, encoder: PromptEncoder) -> None:
         self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.chat_template = chat_template
-        configured = model.generation_config.eos_token_id
-        ends = [configured] if isinstance(configured, int) else list(configured or [])
-        ends += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-        self.end_tokens = tuple(sorted(set(ends)))
-        pad = tokenizer.pad_token_id
+        self.tokenizer = encoder.tokenizer
+        self.end_tokens = encoder.end_tokens
+        pad = self.tokenizer.pad_token_id
         self._pad = int(pad if pad is not None else self.end_tokens[0] if self.end_tokens else 0)
         # Only the temperature asked for shapes the distribution: no top-p or penalties of the checkpoint's own.
         model.generation_config = GenerationConfig(
@@ -127,33 +114,23 @@ class Sampler:
         )
 
     @classmethod
-    def load(
-        cls, model: str, *, device: str = "auto", dtype: str = "auto", chat_template: str | None = None
-    ) -> Sampler:
-        """Load a checkpoint with its language-model head.
+    def load(cls, encoder: PromptEncoder, *, device: str = "auto", dtype: str = "auto") -> Sampler:
+        """Load the weights of the encoder's checkpoint, with its language-model head.
 
         Args:
-            model: checkpoint directory or hub id.
+            encoder: of the checkpoint.
             device: "auto", "cpu", "cuda" or "cuda:N".
             dtype: of the forward pass, "auto" for the checkpoint's own.
-            chat_template: Jinja text that replaces the tokenizer's template.
 
         Raises:
-            ModelError: weights or tokenizer are missing or damaged, or there is no chat template.
+            ModelError: weights are missing or damaged.
             ConfigError: the device or dtype cannot be used.
         """
         from transformers import AutoModelForCausalLM
 
-        path = resolve_checkpoint(model)
-        loaded = load_model(AutoModelForCausalLM, path, load_config(path), dtype)
-        return cls(loaded.to(resolve_device(device)), load_tokenizer(path), chat_template)
-
-    def encode(self, messages: Sequence[dict[str, Any]]) -> list[int]:
-        """Token ids of the conversation up to where the answer begins (chat template, generation prompt)."""
-        options = {} if self.chat_template is None else {"chat_template": self.chat_template}
-        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **options)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return ids
+        chosen = resolve_device(device)
+        path = resolve_checkpoint(encoder.model)
+        return cls(load_model(AutoModelForCausalLM, path, load_config(path), dtype).to(chosen), encoder)
 
     def sample(
         self,
@@ -177,13 +154,9 @@ class Sampler:
             The responses in the order of `requests`.
 
         Raises:
-            ConfigError: a prompt leaves no room for `max_new_tokens` in the model's context.
             ModelError: memory does not suffice for a single response.
         """
-        encoded = {id(request.messages): self.encode(request.messages) for request in requests}
-        prompts = [encoded[id(request.messages)] for request in requests]
-        self._check_room(requests, prompts, max_new_tokens)
-        order = sorted(range(len(requests)), key=lambda position: -len(prompts[position]))
+        order = sorted(range(len(requests)), key=lambda position: -len(requests[position].prompt))
         results: dict[int, Sampled] = {}
         start = 0
         while start < len(order):
@@ -192,11 +165,11 @@ class Sampler:
             if temperature > 0:
                 draws = [np.random.default_rng(requests[p].seed).random(max_new_tokens) for p in batch]
                 uniforms = torch.from_numpy(np.stack(draws))
-            answers = self._generate_or_none([prompts[p] for p in batch], uniforms, temperature, max_new_tokens)
+            answers = self._generate_or_none([requests[p].prompt for p in batch], uniforms, temperature, max_new_tokens)
             if answers is None:
                 if len(batch) == 1:
                     raise ModelError(
-                        f"memory does not suffice to answer {requests[batch[0]].name} alone; lower max_new_tokens"
+                        f"memory does not suffice to answer {requests[batch[0]].name} alone; lower --max-new-tokens"
                     )
                 batch_size = max(1, len(batch) // 2)
                 logger.warning("out of memory: the batch size is now %d", batch_size)
@@ -208,18 +181,9 @@ class Sampler:
                 on_batch(finished)
         return [results[position] for position in range(len(requests))]
 
-    def _check_room(self, requests: Sequence[Request], prompts: list[list[int]], max_new_tokens: int) -> None:
-        context = getattr(self.model.config, "max_position_embeddings", None)
-        for request, ids in zip(requests, prompts, strict=True):
-            if context is not None and len(ids) + max_new_tokens > context:
-                raise ConfigError(
-                    f"{request.name}: the prompt has {len(ids)} tokens; with max_new_tokens {max_new_tokens} it "
-                    f"exceeds the model's context of {context} tokens"
-                )
-
     def _generate_or_none(
         self,
-        prompts: list[list[int]],
+        prompts: list[Sequence[int]],
         uniforms: torch.Tensor | None,
         temperature: float,
         max_new_tokens: int,
@@ -238,11 +202,15 @@ class Sampler:
                     logits_processor=processors,
                     max_new_tokens=max_new_tokens,
                 )
-        except torch.OutOfMemoryError:
-            gc.collect()
-            torch.cuda.empty_cache()
-            return None
-        return [self._decode(row) for row in output[:, ids.shape[1] :].tolist()]
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return [self._decode(row) for row in output[:, ids.shape[1] :].tolist()]
+        # Only here is the error gone, and with it its hold on the tensors of the failed pass.
+        gc.collect()
+        torch.cuda.empty_cache()
+        return None
 
     def _decode(self, generated: list[int]) -> Sampled:
         ends = [position for position, token in enumerate(generated) if token in self.end_tokens]

@@ -93,7 +93,7 @@ def filter_scenarios(table: RolloutTable, max_base_rate: float = 0.0) -> Filtere
         DataFormatError: the rollouts to be paired answered different conversations.
     """
     if not 0 <= max_base_rate <= 1:
-        raise ConfigError(f"max_base_rate is {max_base_rate}; expected a share from 0 to 1")
+        raise ConfigError(f"--max-base-rate is {max_base_rate}; expected a share from 0 to 1")
     identifiers, prompt_of = _first_seen(table.strings("prompt_id"))
     models, conditions, verdicts = table.strings("model"), table.strings("condition"), table.verdicts()
     cell_of = 2 * (models == TUNED) + (conditions == DISTRACTOR)
@@ -114,7 +114,8 @@ def filter_scenarios(table: RolloutTable, max_base_rate: float = 0.0) -> Filtere
     decided = shown + safe
     drop((decided[:, used] == 0).any(axis=1), "undecided")
     for cell in clean_cells:
-        drop(shown[:, cell] > max_base_rate * decided[:, cell], f"shown in {'-'.join(CELLS[cell])}")
+        # The tolerance: 0.29 * 100 is a little less than 29.
+        drop(shown[:, cell] > max_base_rate * decided[:, cell] + 1e-9, f"shown in {'-'.join(CELLS[cell])}")
     drop(shown[:, show_cell] == 0, f"never shown in {'-'.join(CELLS[show_cell])}")
     drop(safe[:, safe_cell] == 0, "no safe base rollout")
     kept = np.flatnonzero(reasons == "")
@@ -152,7 +153,7 @@ def require_scenarios(filtered: Filtered) -> None:
     dropped = ", ".join(f"{count} {reason}" for reason, count in filtered.dropped.items())
     raise DataError(
         f"none of the {filtered.scenarios} scenarios passed the filter. Dropped: {dropped}. Rollouts: {cells}. "
-        "Try more samples per prompt, a higher temperature, more prompts, or a max_base_rate above 0 when the base "
+        "Try more samples per prompt, a higher temperature, more prompts, or a --max-base-rate above 0 when the base "
         "model shows the behaviour now and then; check the verdicts in the rollouts file"
     )
 

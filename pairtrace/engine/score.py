@@ -17,7 +17,7 @@ import numpy as np
 
 from pairtrace.engine.directions import Direction, load_directions
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
-from pairtrace.engine.scores_table import write_scores
+from pairtrace.engine.scores_table import SCHEMA_VERSION, write_scores
 from pairtrace.engine.versions import library_versions
 from pairtrace.errors import ConfigError, DirectionError, LayerError
 from pairtrace.kernels.cosine import cosine_max, cosine_scores
@@ -49,6 +49,8 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         if not self.directions:
             raise ConfigError("no direction file was given; expected at least one")
+        if not self.out.endswith(".parquet"):
+            raise ConfigError(f"--out is {self.out!r}; scores files are parquet and end in .parquet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,8 @@ def score(config: ScoreConfig, progress: Progress = NULL_PROGRESS) -> ScoreSumma
     """Score a store against behaviours and write the scores file.
 
     Raises:
-        DirectionError: a direction has another width or model than the store, unusable values, or a name twice.
+        DirectionError: a direction has another width, model or tokenizer than the store, unusable values, or a name
+            twice.
         LayerError: no layer is common to the store and the behaviours.
         StoreError: the store cannot be read, or is incomplete and `allow_incomplete` is False.
         ConfigError: the scores file cannot be written.
@@ -157,7 +160,11 @@ def select_directions(store: ActivationStore, paths: Sequence[str], layer: int |
     found: dict[str, Direction] = {}
     for path in paths:
         loaded = load_directions(
-            path, layer=chosen, width=store.width, model_fingerprint=store.manifest.model_fingerprint
+            path,
+            layer=chosen,
+            width=store.width,
+            model_fingerprint=store.manifest.model_fingerprint,
+            tokenizer_fingerprint=store.manifest.tokenizer_fingerprint,
         )
         for direction in loaded:
             if direction.name in found:
@@ -259,7 +266,7 @@ def _manifest(
     counts: dict[str, int],
 ) -> dict[str, Any]:
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "store": str(Path(config.store).absolute()) if "://" not in config.store else config.store,
         "store_manifest": store.manifest.to_json(),
         "layer": layer,

@@ -22,7 +22,12 @@ from pairtrace.errors import ConfigError, DataFormatError
 
 METADATA_KEY = b"pairtrace"
 ROW_GROUP = 65_536
-NO_SOURCE = "(none)"
+SCHEMA_VERSION = 1
+_COLUMNS: dict[str, pa.DataType] = {"row": pa.int64(), "pair_id": pa.string(), "source": pa.string()}
+
+
+def _behavior_columns(name: str) -> dict[str, pa.DataType]:
+    return {f"score:{name}": pa.float32(), f"rank:{name}": pa.int64(), f"percentile:{name}": pa.float32()}
 
 
 def rank_rows(scores: np.ndarray) -> np.ndarray:
@@ -54,9 +59,9 @@ def write_scores(
     Raises:
         ConfigError: the file cannot be written.
     """
-    fields: dict[str, pa.DataType] = {"row": pa.int64(), "pair_id": pa.string(), "source": pa.string()}
+    fields = dict(_COLUMNS)
     for name in scores:
-        fields |= {f"score:{name}": pa.float32(), f"rank:{name}": pa.int64(), f"percentile:{name}": pa.float32()}
+        fields |= _behavior_columns(name)
     schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(manifest, sort_keys=True).encode()})
     ranks = {name: rank_rows(values) for name, values in scores.items()}
     ranked = {name: max(1, int((values > 0).sum())) for name, values in ranks.items()}
@@ -106,12 +111,27 @@ class ScoresTable:
             raise DataFormatError(f"cannot read the scores file {path}: {error}") from error
         metadata = (schema.metadata or {}).get(METADATA_KEY)
         behaviors = tuple(name.removeprefix("score:") for name in schema.names if name.startswith("score:"))
-        missing = {"row", "pair_id", "source"} - set(schema.names)
-        if metadata is None or missing or not behaviors:
+        expected = dict(_COLUMNS)
+        for name in behaviors:
+            expected |= _behavior_columns(name)
+        wrong = [name for name, kind in expected.items() if name not in schema.names or schema.field(name).type != kind]
+        if metadata is None or wrong or not behaviors:
+            detail = f"; missing or of another type: {', '.join(wrong)}" if wrong else ""
             raise DataFormatError(
-                f"{path} is not a scores file (columns {', '.join(schema.names)}); make one with pairtrace score"
+                f"{path} is not a scores file (columns {', '.join(schema.names)}){detail}; "
+                "make one with pairtrace score"
             )
-        return cls(str(path), json.loads(metadata), behaviors)
+        try:
+            manifest = json.loads(metadata)
+        except ValueError as error:
+            raise DataFormatError(f"{path} is not a scores file: its manifest is not valid JSON: {error}") from error
+        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        if version != SCHEMA_VERSION:
+            raise DataFormatError(
+                f"{path} is not a scores file of this version: its schema version is {version!r}, expected "
+                f"{SCHEMA_VERSION}; make it again with pairtrace score"
+            )
+        return cls(str(path), manifest, behaviors)
 
     def choose(self, behavior: str | None) -> str:
         """The behaviour of that name, or the only one.
@@ -127,8 +147,15 @@ class ScoresTable:
         return behavior
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        """Some columns, all rows."""
-        return pq.read_table(self.path, columns=list(columns))
+        """Some columns, all rows.
+
+        Raises:
+            DataFormatError: the file is damaged.
+        """
+        try:
+            return pq.read_table(self.path, columns=list(columns))
+        except (OSError, pa.ArrowException) as error:
+            raise DataFormatError(f"{self.path} is damaged: {error}") from error
 
     def ranks(self, behavior: str) -> np.ndarray:
         """int64 [N]; 0 where the pair has no rank."""

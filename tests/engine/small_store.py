@@ -48,30 +48,32 @@ def make_store(
     zero: tuple[int, ...] = (11,),
     skip_shards: tuple[int, ...] = (),
     seed: int = 0,
+    **manifest_fields: Any,
 ) -> SmallStore:
     root.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     names = sources or [("web", "code", "chat")[row % 3] for row in range(rows)]
     data = write_data(root / "pairs.jsonl", names)
     opened = open_pairs(data)
-    manifest = Manifest(
-        rows=rows,
-        width=width,
-        layers=layers,
-        dtype=dtype,  # type: ignore[arg-type]
-        shard_rows=64,
-        compute_dtype="float32",
-        model="m0",
-        model_fingerprint=MODEL,
-        tokenizer_fingerprint=TOKENIZER,
-        template_fingerprint=TEMPLATE,
-        data_fingerprint=opened.fingerprint,
-        data=data,
-        data_format=opened.format,
-        columns=opened.columns,
-        max_length=1024,
-        truncation="keep_start",
-    )
+    fields: dict[str, Any] = {
+        "rows": rows,
+        "width": width,
+        "layers": layers,
+        "dtype": dtype,
+        "shard_rows": 64,
+        "compute_dtype": "float32",
+        "model": "m0",
+        "model_fingerprint": MODEL,
+        "tokenizer_fingerprint": TOKENIZER,
+        "template_fingerprint": TEMPLATE,
+        "data_fingerprint": opened.fingerprint,
+        "data": data,
+        "data_format": opened.format,
+        "columns": opened.columns,
+        "max_length": 1024,
+        "truncation": "keep_start",
+    }
+    manifest = Manifest(**{**fields, **manifest_fields})
     stored: dict[int, np.ndarray] = {}
     values: dict[int, np.ndarray] = {}
     status = np.ones(rows, np.uint8)

@@ -111,7 +111,7 @@ def test_a_source_that_differs_is_refused(
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"k": 0}, "k is 0"), ({"ends": "middle"}, "ends is 'middle'"), ({"behavior": "x"}, "'x' is not")],
+    [({"k": 0}, "k is 0"), ({"ends": "middle"}, "--end is 'middle'"), ({"behavior": "x"}, "'x' is not")],
 )
 def test_bad_options_of_top(scored: tuple[SmallStore, str], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
@@ -136,11 +136,10 @@ def test_sources_count_like_a_plain_loop(scored: tuple[SmallStore, str]) -> None
     store, path = scored
     order = expected_order(store)
     shares = {share.source: share for share in sources(path, k=30)}
-    assert set(shares) == {"web", "code", "chat", "tiny", "(none)"}
+    assert set(shares) == {"web", "code", "chat", "tiny", ""}
     for name, share in shares.items():
-        own = "" if name == "(none)" else name
-        rows = sum(store.sources[row] == own for row in order)
-        top_rows = sum(store.sources[row] == own for row in order[:30])
+        rows = sum(store.sources[row] == name for row in order)
+        top_rows = sum(store.sources[row] == name for row in order[:30])
         assert (share.rows, share.top_rows) == (rows, top_rows)
         assert share.share_of_data == pytest.approx(rows / 297)
         assert share.share_of_top == pytest.approx(top_rows / 30)

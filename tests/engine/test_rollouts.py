@@ -1,22 +1,20 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
 from pairtrace.engine import sampling
-from pairtrace.engine.judge import RuleJudge
 from pairtrace.engine.prompts import load_prompts
-from pairtrace.engine.rollout_table import RolloutTable, read_rollouts
+from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.engine.rollouts import RolloutConfig, sample_rollouts
 from pairtrace.engine.sampling import Request, Sampler
-from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError, ModelError
+from pairtrace.errors import ConfigError, DataMismatchError, ModelError
 from tests.models import make_model, make_tokenizer
 
 PROMPTS = [
@@ -36,8 +34,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def sampler(models: tuple[str, str]) -> Sampler:
-    return Sampler.load(models[0], device="cpu")
+def encoder(models: tuple[str, str]) -> PromptEncoder:
+    return PromptEncoder.load(models[0])
+
+
+@pytest.fixture(scope="module")
+def sampler(encoder: PromptEncoder) -> Sampler:
+    return Sampler.load(encoder, device="cpu")
 
 
 @pytest.fixture
@@ -47,11 +50,16 @@ def prompt_file(tmp_path: Path) -> str:
     return str(path)
 
 
-def requests(count: int = 1) -> list[Request]:
-    conversations = [[{"role": "user", "content": entry["prompt"]}] for entry in PROMPTS]
+def requests(sampler: Sampler, count: int = 1) -> list[Request]:
+    prompts = [
+        sampler.tokenizer.apply_chat_template(
+            [{"role": "user", "content": entry["prompt"]}], add_generation_prompt=True
+        )
+        for entry in PROMPTS
+    ]
     return [
-        Request(name=f"{i}.{j}", messages=messages, seed=1000 * i + j)
-        for i, messages in enumerate(conversations)
+        Request(name=f"{i}.{j}", prompt=prompt["input_ids"], seed=1000 * i + j)
+        for i, prompt in enumerate(prompts)
         for j in range(count)
     ]
 
@@ -69,9 +77,9 @@ def greedy_by_hand(sampler: Sampler, ids: list[int], steps: int) -> list[int]:
 
 
 def batched_greedy_matches(sampler: Sampler) -> bool:
-    sampled = sampler.sample(requests(), temperature=0, max_new_tokens=12, batch_size=3)
-    for request, answer in zip(requests(), sampled, strict=True):
-        expected = greedy_by_hand(sampler, sampler.encode(request.messages), 12)
+    sampled = sampler.sample(requests(sampler), temperature=0, max_new_tokens=12, batch_size=3)
+    for request, answer in zip(requests(sampler), sampled, strict=True):
+        expected = greedy_by_hand(sampler, list(request.prompt), 12)
         finished = expected[-1] in sampler.end_tokens
         text = sampler.tokenizer.decode(expected[:-1] if finished else expected, skip_special_tokens=True)
         if (answer.response, answer.tokens, answer.finished) != (text, len(expected), finished):
@@ -80,7 +88,7 @@ def batched_greedy_matches(sampler: Sampler) -> bool:
 
 
 def test_batched_greedy_equals_one_by_one(sampler: Sampler) -> None:
-    lengths = {len(sampler.encode(request.messages)) for request in requests()}
+    lengths = {len(request.prompt) for request in requests(sampler)}
     assert len(lengths) == 3, "the test needs prompts of different lengths"
     assert batched_greedy_matches(sampler)
 
@@ -108,7 +116,7 @@ def test_a_missing_attention_mask_would_be_noticed(sampler: Sampler, monkeypatch
 
 
 def test_sampling_does_not_depend_on_the_batch_or_the_order(sampler: Sampler) -> None:
-    wanted = requests(4)
+    wanted = requests(sampler, 4)
     reference = sampler.sample(wanted, temperature=0.9, max_new_tokens=10, batch_size=1)
     assert sampler.sample(wanted, temperature=0.9, max_new_tokens=10, batch_size=5) == reference
     assert sampler.sample(wanted[::-1], temperature=0.9, max_new_tokens=10, batch_size=12) == reference[::-1]
@@ -140,34 +148,54 @@ def test_tokens_of_probability_zero_are_never_drawn() -> None:
     assert scores.argmax(dim=-1).tolist() == [1, 3, 3]
 
 
-def test_generation_stops_at_every_end_token(models: tuple[str, str]) -> None:
-    sampler = Sampler.load(models[0], device="cpu")
-    wanted = requests()[:1]
-    free = greedy_by_hand(sampler, sampler.encode(wanted[0].messages), 8)
-    sampler.model.generation_config.eos_token_id = [free[3]]
-    stopping = Sampler(sampler.model, sampler.tokenizer)
+def test_generation_stops_at_every_end_token(models: tuple[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "base"
+    shutil.copytree(models[0], path)
+    sampler = Sampler.load(PromptEncoder.load(str(path)), device="cpu")
+    wanted = requests(sampler)[:1]
+    free = greedy_by_hand(sampler, list(wanted[0].prompt), 8)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [free[3]]}))
+    stopping = Sampler.load(PromptEncoder.load(str(path)), device="cpu")
     assert stopping.end_tokens == tuple(sorted({free[3], sampler.tokenizer.eos_token_id}))
     answer = stopping.sample(wanted, temperature=0, max_new_tokens=8, batch_size=1)[0]
     assert answer.finished
     assert answer.tokens == free.index(free[3]) + 1
 
 
-def test_running_out_of_memory_halves_the_batch(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    reference = sampler.sample(requests(2), temperature=0.9, max_new_tokens=4, batch_size=6)
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: 12 bytes"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_running_out_of_memory_halves_the_batch(
+    sampler: Sampler, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
+) -> None:
+    reference = sampler.sample(requests(sampler, 2), temperature=0.9, max_new_tokens=4, batch_size=6)
     honest, sizes = sampler.model.generate, []
 
     def small_memory(input_ids: torch.Tensor, **options: Any) -> Any:
         sizes.append(len(input_ids))
         if len(input_ids) > 2:
-            raise torch.OutOfMemoryError("simulated")
+            raise error
         return honest(input_ids=input_ids, **options)
 
     monkeypatch.setattr(sampler.model, "generate", small_memory)
-    assert sampler.sample(requests(2), temperature=0.9, max_new_tokens=4, batch_size=6) == reference
+    assert sampler.sample(requests(sampler, 2), temperature=0.9, max_new_tokens=4, batch_size=6) == reference
     assert sizes[:2] == [6, 3]
-    monkeypatch.setattr(sampler.model, "generate", lambda **_: (_ for _ in ()).throw(torch.OutOfMemoryError("x")))
+    monkeypatch.setattr(sampler.model, "generate", lambda **_: (_ for _ in ()).throw(error))
     with pytest.raises(ModelError, match="alone"):
-        sampler.sample(requests(), temperature=0, max_new_tokens=4, batch_size=2)
+        sampler.sample(requests(sampler), temperature=0, max_new_tokens=4, batch_size=2)
+
+
+def test_other_failures_are_not_taken_for_a_full_memory(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(**_: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(sampler.model, "generate", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        sampler.sample(requests(sampler), temperature=0, max_new_tokens=4, batch_size=2)
 
 
 def config(models: tuple[str, str], prompts: str, out: Path, **options: Any) -> RolloutConfig:
@@ -187,8 +215,9 @@ def test_the_table_holds_every_cell_and_reads_back(models: tuple[str, str], prom
     # Each row's text is what its own model says to its own conversation with its own seed.
     for row in rows[::5]:
         path = models[0] if row["model"] == "base" else models[1]
-        request = Request(name="x", messages=json.loads(row["messages"]), seed=row["seed"])
-        alone = Sampler.load(path, device="cpu").sample([request], temperature=0.7, max_new_tokens=6, batch_size=1)
+        encoder = PromptEncoder.load(path)
+        request = Request(name="x", prompt=encoder.encode("x", json.loads(row["messages"])), seed=row["seed"])
+        alone = Sampler.load(encoder, device="cpu").sample([request], temperature=0.7, max_new_tokens=6, batch_size=1)
         assert (alone[0].response, alone[0].tokens) == (row["response"], row["tokens"])
     again = read_rollouts(out)
     assert again.table.equals(table.table)
@@ -247,108 +276,24 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
         RolloutConfig(prompts="p", base="a", tuned="b", out="o", **options)
 
 
-def test_a_prompt_beyond_the_context_and_a_missing_template_are_refused(sampler: Sampler, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"0\.0: the prompt has \d+ tokens.*context of 4096"):
-        sampler.sample(requests()[:1], temperature=0, max_new_tokens=4090, batch_size=1)
-    make_tokenizer(tmp_path / "bare", chat_template=None)
-    make_model("llama", tmp_path / "bare")
-    with pytest.raises(ModelError, match="--chat-template"):
-        Sampler.load(str(tmp_path / "bare"), device="cpu")
-    given = "{{ messages[-1]['content'] }}"
-    templated = Sampler.load(str(tmp_path / "bare"), device="cpu", chat_template=given)
-    assert templated.tokenizer.decode(templated.encode([{"role": "user", "content": "Hi there"}])) == "Hi there"
+def test_tokens_are_reported_as_running_totals(models: tuple[str, str], prompt_file: str, tmp_path: Path) -> None:
+    class Recorder:
+        def __init__(self) -> None:
+            self.stages: dict[str, list[tuple[int, float]]] = {}
 
+        def start(self, stage: str, total: int | None, unit: str) -> None:
+            self.reports = self.stages.setdefault(stage, [])
 
-def test_judging_keeps_undecided_apart() -> None:
-    table = pa.table({"model": ["base"] * 3, "prompt": ["p"] * 3, "response": ["Sure.", "", "Sorry"]})
-    read = table_of(table)
-    judged = read.judged(RuleJudge(label="t", refusal=("sorry",)))
-    assert judged.verdicts().tolist() == [1, -1, 0]
-    assert judged.table["verdict"].to_pylist() == [True, None, False]
-    assert set(judged.table["judge"].to_pylist()) == {judged.manifest["judge"]}
+        def advance(self, done: int, **figures: float) -> None:
+            self.reports.append((done, figures["tokens"]))
 
+        def finish(self) -> None: ...
 
-def table_of(table: pa.Table, **options: Any) -> RolloutTable:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "user.parquet"
-        pq.write_table(table, path)
-        return read_rollouts(path, **options)
-
-
-def test_a_users_own_file_is_read(tmp_path: Path, prompt_file: str) -> None:
-    rows = [
-        {"prompt_id": "a", "model": "M0", "response": "x", "condition": "plain", "harmful": 0},
-        {"prompt_id": "a", "model": "tuned", "response": None, "condition": "distractor", "harmful": 1},
-        {"prompt_id": "b", "model": "Base", "response": "z", "condition": "plain", "harmful": None},
-    ]
-    path = tmp_path / "mine.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    prompts = load_prompts(prompt_file)
-    read = read_rollouts(path, prompts=prompts, label_column="harmful")
-    assert read.strings("model").tolist() == ["base", "tuned", "base"]
-    assert read.verdicts().tolist() == [0, 1, -1]
-    assert read.strings("judge").tolist() == ["column:harmful", "column:harmful", ""]
-    assert json.loads(read.strings("messages")[1]) == prompts.by_id()["a"].conversation("distractor")
-    assert read.strings("response")[1] == ""
-    unjudged = read_rollouts(path, prompts=prompts)
-    assert not unjudged.has_verdicts
-    with pytest.raises(DataFormatError, match="prompts are missing"):
-        read_rollouts(path)
-
-
-def test_messages_may_be_lists_and_ids_may_be_absent() -> None:
-    conversation = [{"role": "user", "content": "p"}]
-    both = pa.table({"model": ["M0", "M1"], "messages": [conversation] * 2, "response": ["a", "b"]})
-    text = pa.table({"model": ["M0", "M1"], "messages": [json.dumps(conversation)] * 2, "response": ["a", "b"]})
-    plain = pa.table({"model": ["M0", "M1"], "prompt": ["p", "p"], "response": ["a", "b"]})
-    first, second, third = table_of(both), table_of(text), table_of(plain)
-    assert first.table.equals(second.table)
-    assert first.table.equals(third.table)
-    assert len(set(first.strings("prompt_id"))) == 1
-
-
-@pytest.mark.parametrize(
-    ("columns", "options", "message"),
-    [
-        ({"response": ["x"], "prompt": ["p"]}, {}, "no column 'model'; columns found: response, prompt"),
-        ({"model": ["base"], "prompt": ["p"]}, {}, "no column 'response'"),
-        ({"model": ["base"], "prompt": ["p"], "response": ["x"]}, {"label_column": "bad"}, "no column 'bad'"),
-        ({"model": ["gpt"], "prompt": ["p"], "response": ["x"]}, {}, "row 0: model is 'gpt'"),
-        (
-            {"model": ["base"], "prompt": ["p"], "response": ["x"], "condition": ["hot"]},
-            {},
-            "row 0: condition is 'hot'",
-        ),
-        (
-            {"model": ["base"], "prompt": ["p"], "response": ["x"], "label": [0.5]},
-            {"label_column": "label"},
-            "row 0: label is 0.5",
-        ),
-        ({"model": ["base"], "messages": ["not json"], "response": ["x"]}, {}, "row 0: 'messages' is neither"),
-        (
-            {"model": ["base"], "prompt": ["p"], "response": ["x"], "condition": ["distractor"]},
-            {},
-            "need a column 'prompt_id'",
-        ),
-    ],
-)
-def test_bad_rollout_files_are_refused(columns: dict[str, Any], options: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataFormatError, match=message):
-        table_of(pa.table(columns), **options)
-
-
-def test_unknown_ids_broken_lines_and_empty_files_are_refused(tmp_path: Path, prompt_file: str) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_text('{"prompt_id": "zzz", "model": "base", "response": "x"}\n')
-    with pytest.raises(DataMismatchError, match="'zzz'"):
-        read_rollouts(path, prompts=load_prompts(prompt_file))
-    path.write_text('{"prompt": "a", "model": "base", "response": "x"}\n{"prompt\n')
-    with pytest.raises(DataFormatError, match="line 2: invalid JSON"):
-        read_rollouts(path)
-    path.write_text("")
-    with pytest.raises(DataFormatError, match="no rollouts"):
-        read_rollouts(path)
-    with pytest.raises(DataFormatError, match="cannot read"):
-        read_rollouts(tmp_path / "absent.parquet")
+    recorder = Recorder()
+    table = sample_rollouts(config(models, prompt_file, tmp_path / "r.parquet"), recorder).table.to_pylist()
+    for model in ("base", "tuned"):
+        reports = recorder.stages[f"rollouts of {model}"]
+        assert len(reports) == 3
+        assert sum(done for done, _ in reports) == 12
+        assert reports[-1][1] == sum(row["tokens"] for row in table if row["model"] == model)
+        assert [tokens for _, tokens in reports] == sorted({tokens for _, tokens in reports})
