@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 
 from pairtrace.engine import change_vectors as change_vectors_module
-from pairtrace.engine.behavior import BehaviorConfig, build_behavior
+from pairtrace.engine.behavior import BehaviorConfig, build_behavior, judged_rollouts
+from pairtrace.engine.checkpoint import model_fingerprint
 from pairtrace.engine.directions import load_directions, read_manifest
+from pairtrace.engine.progress import NULL_PROGRESS
 from pairtrace.engine.rollout_file import read_rollouts
+from pairtrace.engine.rollouts import RolloutConfig, sample_rollouts
 from pairtrace.errors import (
     ConfigError,
     DataError,
     DataMismatchError,
     DirectionError,
     LayerError,
+    UnsupportedModelError,
 )
 from tests.engine.behavior_cases import rollout, two_models, vectors_match, write_rollouts
 
@@ -160,6 +166,95 @@ def test_other_rollouts_are_never_overwritten(models: tuple[str, str], rollouts_
 def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         BehaviorConfig(**{"out": "b.safetensors", "base": "m", "rollouts": "r", **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"layers": (5,)}, LayerError, "layer 5"),
+        ({"max_length": 1}, ConfigError, "max_length is 1"),
+        ({"truncation": "middle"}, ConfigError, "truncation is 'middle'"),
+        ({"device": "cuda:99"}, ConfigError, "cuda:99"),
+        ({"device": "tpu"}, ConfigError, "unknown device"),
+        ({"dtype": "int4"}, ConfigError, "unknown compute dtype"),
+    ],
+)
+def test_bad_settings_are_found_before_anything_is_sampled(
+    models: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any], error: type[Exception], message: str,
+) -> None:  # fmt: skip
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("sampling began")
+
+    monkeypatch.setattr("pairtrace.engine.behavior.sample_rollouts", forbidden)
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("- {id: a, prompt: Hello}\n")
+    given = {"out": str(tmp_path / "h.safetensors"), "base": models[0], "tuned": models[1], "prompts": str(prompts)}
+    with pytest.raises(error, match=message):
+        build_behavior(BehaviorConfig(**{"device": "cpu", **given, **options}))
+    with pytest.raises(AssertionError, match="sampling began"):
+        build_behavior(BehaviorConfig(**given))
+
+
+def test_an_architecture_that_cannot_be_read_is_found_before_anything_is_sampled(
+    models: tuple[str, str], tmp_path: Path
+) -> None:
+    base = tmp_path / "gpt2"
+    shutil.copytree(models[0], base)
+    configuration = {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "vocab_size": 600}
+    (base / "config.json").write_text(json.dumps(configuration))
+    (tmp_path / "prompts.yaml").write_text("- {id: a, prompt: Hello}\n")
+    config = BehaviorConfig(
+        out=str(tmp_path / "h.safetensors"), base=str(base), tuned=models[1],
+        prompts=str(tmp_path / "prompts.yaml"), device="cpu",
+    )  # fmt: skip
+    with pytest.raises(UnsupportedModelError, match="'gpt2' is not supported"):
+        build_behavior(config)
+    assert not Path(config.rollouts_out).exists()
+
+
+def test_settings_of_the_sampling_are_checked_with_the_others(tmp_path: Path) -> None:
+    given = {"out": "h.safetensors", "base": "m0", "tuned": "m1", "prompts": "p.yaml"}
+    for options, message in (
+        ({"samples": 0}, "--samples is 0"),
+        ({"temperature": 0.0}, "--temperature 0"),
+        ({"max_new_tokens": 0}, "--max-new-tokens is 0"),
+        ({"token_budget": 0}, "--token-budget is 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            BehaviorConfig(**given, **options)  # type: ignore[arg-type]
+
+
+def test_rollouts_of_other_checkpoints_or_prompts_are_refused(models: tuple[str, str], tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.yaml"
+    prompts.write_text("- {id: a, prompt: Hello}\n")
+    made = sample_rollouts(
+        RolloutConfig(
+            prompts=str(prompts), base=models[0], tuned=models[1], out=str(tmp_path / "r.parquet"),
+            samples=1, max_new_tokens=2, device="cpu",
+        )
+    )  # fmt: skip
+    labelled = made.table.append_column("label", pa.array([0, 1]))
+    manifest = json.dumps(made.manifest).encode()
+    pq.write_table(labelled.replace_schema_metadata({b"pairtrace": manifest}), tmp_path / "r.parquet")
+    given = {
+        "out": str(tmp_path / "h.safetensors"), "rollouts": str(tmp_path / "r.parquet"), "label_column": "label",
+        "base": models[0], "device": "cpu", "layers": (1,),
+    }  # fmt: skip
+
+    def judged(**options: Any) -> None:
+        config = BehaviorConfig(**{**given, **options})
+        judged_rollouts(config, model_fingerprint(config.base), NULL_PROGRESS)
+
+    judged(tuned=models[1], prompts=str(prompts))
+    # The label column does not switch these checks off.
+    with pytest.raises(DataMismatchError, match=r"come from the model .* but --base"):
+        judged(base=models[1])
+    with pytest.raises(DataMismatchError, match=r"come from the model .* but --tuned"):
+        judged(tuned=models[0])
+    prompts.write_text("- {id: a, prompt: Goodbye}\n")
+    with pytest.raises(DataMismatchError, match=r"come from the prompts .* but .*prompts\.yaml"):
+        judged(prompts=str(prompts))
 
 
 def test_a_layer_outside_the_model_is_refused(models: tuple[str, str], rollouts_file: str, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ def direction(name: str = "b", layer: int = 3, seed: int = 0, kind: Any = "vecto
         kind=kind,
         origin="test",
         model_fingerprint="a" * 64,
+        tokenizer_fingerprint="k" * 64,
         template_fingerprint="t" * 64,
     )
 
@@ -51,6 +52,7 @@ def test_round_trip_keeps_every_bit_and_the_documented_layout(tmp_path: Path) ->
     assert manifest == read_manifest(path)
     assert manifest["kinds"] == {"b": "vector", "b-bank": "bank"}
     assert manifest["model_fingerprint"] == "a" * 64
+    assert manifest["tokenizer_fingerprint"] == "k" * 64
     assert manifest["behaviors"] == ["b", "b-bank"]
 
 
@@ -74,7 +76,9 @@ def test_one_layer_can_be_asked_for(tmp_path: Path) -> None:
 def test_width_and_model_are_compared(tmp_path: Path) -> None:
     path = tmp_path / "b.safetensors"
     save_directions(path, [direction()], {})
-    assert load_directions(path, width=8, model_fingerprint="a" * 64)
+    assert load_directions(path, width=8, model_fingerprint="a" * 64, tokenizer_fingerprint="k" * 64)
+    with pytest.raises(DirectionError, match="tokenizer with fingerprint " + "k" * 64 + ".*" + "b" * 64):
+        load_directions(path, tokenizer_fingerprint="b" * 64)
     with pytest.raises(DirectionError, match="width 8; expected 16"):
         load_directions(path, width=16)
     with pytest.raises(DirectionError, match="a" * 64 + ".*" + "b" * 64):
@@ -138,6 +142,23 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         load_directions(tmp_path / "o.npy")
 
 
+def test_an_archive_named_npy_is_refused(tmp_path: Path) -> None:
+    with (tmp_path / "v.npy").open("wb") as file:
+        np.savez(file, a=any_values(0, 8))
+    with pytest.raises(DirectionError, match=r"cannot read .*v\.npy as one array"):
+        load_directions(tmp_path / "v.npy", layer=1)
+
+
+def test_tensors_of_eight_bits_are_refused(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file as save_torch
+
+    for dtype, name in ((torch.float8_e4m3fn, "F8_E4M3"), (torch.float8_e5m2, "F8_E5M2")):
+        save_torch({"v": torch.ones(8).to(dtype)}, tmp_path / "v.safetensors")
+        with pytest.raises(DirectionError, match=f"tensor 'v' has type {name}; expected float32"):
+            load_directions(tmp_path / "v.safetensors", layer=1)
+
+
 def test_a_manifest_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> None:
     def save(tensors: dict[str, np.ndarray], manifest: Any) -> Path:
         text = manifest if isinstance(manifest, str) else json.dumps(manifest)
@@ -147,6 +168,8 @@ def test_a_manifest_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> N
     good = {"schema_version": 1, "kinds": {"b": "vector"}}
     assert load_directions(save({"b/1": any_values(0, 4)}, good))
     for tensors, manifest, message in (
+        ({"b/1": any_values(0, 4)}, {"schema_version": 1}, "kinds is None"),
+        ({"b/1": any_values(0, 4)}, {**good, "kinds": ["b"]}, "kinds is"),
         ({"b/1": any_values(0, 4)}, {**good, "schema_version": 2}, "schema version 2"),
         ({"b/1": any_values(0, 4)}, "{", "not valid JSON"),
         ({"b/1": any_values(0, 2, 4)}, good, "calls it 'vector'"),

@@ -114,3 +114,17 @@ def test_distractors_on_some_prompts_only_are_refused(tmp_path: Path) -> None:
 def test_a_missing_file_is_a_format_error(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match="cannot read"):
         load_prompts(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("kept", [15, -3])
+def test_a_cut_gzip_file_is_refused(tmp_path: Path, kept: int) -> None:
+    whole = gzip.compress(jsonl({"id": "a", "prompt": "x" * 500}).encode())
+    with pytest.raises(DataFormatError, match="cannot read the prompt file"):
+        load_prompts(write(tmp_path / "p.jsonl.gz", whole[:kept]))
+
+
+def test_damaged_gzip_content_is_refused(tmp_path: Path) -> None:
+    whole = bytearray(gzip.compress(jsonl({"id": "a", "prompt": "x" * 500}).encode()))
+    whole[10:20] = b"\xff" * 10
+    with pytest.raises(DataFormatError, match="cannot read the prompt file"):
+        load_prompts(write(tmp_path / "p.jsonl.gz", bytes(whole)))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pairtrace.engine.intervals import wilson_interval
 from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.ranking import sources, top
 from pairtrace.engine.score import ScoreConfig, score
-from pairtrace.errors import ConfigError, DataMismatchError
+from pairtrace.errors import ConfigError, DataError, DataFormatError, DataMismatchError
 from tests.engine.small_store import SmallStore, any_values, make_store, reference_cosine, write_data
 
 
@@ -107,6 +108,49 @@ def test_a_source_that_differs_is_refused(
     pq.write_table(table.set_column(index, "source", [shuffled]), tmp_path / "s.parquet")
     with pytest.raises(DataMismatchError, match="comes from source"):
         top(tmp_path / "s.parquet", k=50)
+
+
+def with_manifest(path: str, out: Path, **store_manifest: Any) -> Path:
+    """The same scores with a changed record of the data."""
+    table = pq.read_table(path)
+    manifest = json.loads(table.schema.metadata[b"pairtrace"])
+    manifest["store_manifest"] |= store_manifest
+    pq.write_table(table.replace_schema_metadata({b"pairtrace": json.dumps(manifest).encode()}), out)
+    return out
+
+
+def test_data_that_is_no_longer_there_can_be_named(scored: tuple[SmallStore, str], tmp_path: Path) -> None:
+    store, path = scored
+    for place in ("gone.jsonl", str(tmp_path / "gone.jsonl")):
+        moved = with_manifest(path, tmp_path / "s.parquet", data=place)
+        with pytest.raises(DataError, match=r"where the store recorded it, .*gone\.jsonl.*say where it is with --data"):
+            top(moved)
+        assert top(moved, data=store.data, k=1)[0].row == expected_order(store)[0]
+    with pytest.raises(DataError) as caught:
+        top(path, data=str(tmp_path / "wrong.jsonl"))
+    assert "recorded" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"data": 3}, {"columns": None}, {"rows": "many"}, {"limit": 1.5}])
+def test_scores_without_a_record_of_the_data_are_refused(
+    scored: tuple[SmallStore, str], tmp_path: Path, change: dict[str, Any]
+) -> None:
+    broken = with_manifest(scored[1], tmp_path / "s.parquet", **change)
+    with pytest.raises(DataFormatError, match=f"no valid store_manifest.{next(iter(change))}"):
+        top(broken)
+    table = pq.read_table(scored[1])
+    pq.write_table(table.replace_schema_metadata({b"pairtrace": b'{"schema_version": 1}'}), tmp_path / "s.parquet")
+    with pytest.raises(DataFormatError, match="does not say which data it ranks"):
+        top(tmp_path / "s.parquet")
+
+
+def test_a_source_called_none_is_not_the_lack_of_one(tmp_path: Path) -> None:
+    names = [("(none)", "", "web")[row % 3] for row in range(300)]
+    store = make_store(tmp_path, sources=names, layers=(5,), quarantined=(), zero=())
+    np.save(tmp_path / "harm.npy", any_values(1, 24))
+    out = str(tmp_path / "s.parquet")
+    score(ScoreConfig(store=store.path, directions=(str(tmp_path / "harm.npy"),), out=out))
+    assert {share.source: share.rows for share in sources(out, k=30)} == {"(none)": 100, "": 100, "web": 100}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pairtrace.engine import sampling
+from pairtrace.engine.prompt_encoder import PromptEncoder
 from pairtrace.engine.prompts import load_prompts
 from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.engine.rollouts import RolloutConfig, sample_rollouts

@@ -16,9 +16,8 @@ from pairtrace.errors import ConfigError, DataError, DataMismatchError, ModelErr
 from tests.engine.behavior_cases import two_models
 from tests.models import CHAT_TEMPLATE, make_model, make_tokenizer
 
-NO_SYSTEM = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}" + CHAT_TEMPLATE
-)
+REFUSAL = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system, please') }}{% endif %}"
+
 USER = [{"role": "user", "content": "Hi there"}]
 
 
@@ -74,7 +73,6 @@ def change_end(model: Path) -> None:
 def test_a_changed_checkpoint_is_an_error_and_no_silent_reuse(
     config: RolloutConfig,
     models: tuple[Path, Path],
-    monkeypatch: pytest.MonkeyPatch,
     change: Any,
     field: str,
     side: int,
@@ -101,7 +99,7 @@ def test_a_prompt_that_one_template_refuses_is_named_before_any_weights(
         raise AssertionError("no weights before every prompt is rendered")
 
     monkeypatch.setattr(sampling, "load_model", forbidden)
-    (models[1] / "chat_template.jinja").write_text(NO_SYSTEM)
+    (models[1] / "chat_template.jinja").write_text(REFUSAL + CHAT_TEMPLATE)
     message = r"prompt 'with-system' \(plain\): the chat template of .*tuned refuses .*no system, please"
     with pytest.raises(DataError, match=message):
         sample_rollouts(config)

@@ -16,7 +16,7 @@ from pairtrace.engine.directions import Direction, save_directions
 from pairtrace.engine.score import ScoreConfig, score
 from pairtrace.engine.scores_table import ScoresTable, rank_rows
 from pairtrace.errors import ConfigError, DataFormatError, DirectionError, LayerError, StoreIncompleteError
-from tests.engine.small_store import MODEL, TEMPLATE, SmallStore, any_values, make_store, reference_cosine
+from tests.engine.small_store import MODEL, TEMPLATE, TOKENIZER, SmallStore, any_values, make_store, reference_cosine
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> SmallStore:
     return make_store(tmp_path_factory.mktemp("store"))
 
 
-def behavior_file(path: Path, *directions: tuple[str, int, np.ndarray], model: str = MODEL) -> str:
+def behavior_file(
+    path: Path, *directions: tuple[str, int, np.ndarray], model: str = MODEL, tokenizer: str | None = TOKENIZER
+) -> str:
     made = [
         Direction(
             name=name,
@@ -33,6 +35,7 @@ def behavior_file(path: Path, *directions: tuple[str, int, np.ndarray], model: s
             kind="vector" if values.ndim == 1 else "bank",
             origin="test",
             model_fingerprint=model,
+            tokenizer_fingerprint=tokenizer,
             template_fingerprint=TEMPLATE,
         )
         for name, layer, values in directions
@@ -186,7 +189,17 @@ def test_directions_that_do_not_fit_the_store_are_refused(store: SmallStore, tmp
         run(store, out, good, again)
     with pytest.raises(ConfigError, match="no direction file"):
         run(store, out)
+    with pytest.raises(ConfigError, match=r"--out is '.*s\.csv'; scores files are parquet"):
+        run(store, tmp_path / "s.csv", good)
+    foreign = behavior_file(tmp_path / "foreign.safetensors", ("x", 5, any_values(1, 24)), tokenizer="e" * 64)
+    with pytest.raises(DirectionError, match="tokenizer with fingerprint " + "e" * 64 + ".*" + TOKENIZER):
+        run(store, out, foreign)
     assert not out.exists()
+
+
+def test_a_direction_that_does_not_name_its_tokenizer_is_taken(store: SmallStore, tmp_path: Path) -> None:
+    silent = behavior_file(tmp_path / "silent.safetensors", ("x", 5, any_values(1, 24)), tokenizer=None)
+    assert run(store, tmp_path / "s.parquet", silent)[0].scored == 297
 
 
 def test_another_chat_template_is_reported(store: SmallStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -237,6 +250,41 @@ def test_other_files_are_no_scores_files(tmp_path: Path) -> None:
     for name in ("text.parquet", "absent.parquet"):
         with pytest.raises(DataFormatError, match="cannot read"):
             ScoresTable.open(tmp_path / name)
+
+
+def with_metadata(path: Path, metadata: bytes) -> Path:
+    other = path.with_name("other.parquet")
+    pq.write_table(pq.read_table(path).replace_schema_metadata({b"pairtrace": metadata}), other)
+    return other
+
+
+def test_files_with_our_key_but_other_content_are_no_scores_files(store: SmallStore, tmp_path: Path) -> None:
+    file = behavior_file(tmp_path / "b.safetensors", ("harm", 5, any_values(1, 24)))
+    run(store, tmp_path / "s.parquet", file)
+    for metadata, message in (
+        (b"{", "not valid JSON"),
+        (b"[1]", "schema version is None"),
+        (b'{"schema_version": 2}', "schema version is 2"),
+    ):
+        with pytest.raises(DataFormatError, match=message):
+            ScoresTable.open(with_metadata(tmp_path / "s.parquet", metadata))
+    table = pq.read_table(tmp_path / "s.parquet")
+    pq.write_table(table.drop_columns(["rank:harm"]), tmp_path / "short.parquet")
+    with pytest.raises(DataFormatError, match="missing or of another type: rank:harm"):
+        ScoresTable.open(tmp_path / "short.parquet")
+    index = table.schema.get_field_index("score:harm")
+    pq.write_table(table.set_column(index, "score:harm", table["source"]), tmp_path / "typed.parquet")
+    with pytest.raises(DataFormatError, match="missing or of another type: score:harm"):
+        ScoresTable.open(tmp_path / "typed.parquet")
+
+
+def test_a_damaged_scores_file_is_a_format_error(store: SmallStore, tmp_path: Path) -> None:
+    file = behavior_file(tmp_path / "b.safetensors", ("harm", 5, any_values(1, 24)))
+    run(store, tmp_path / "s.parquet", file)
+    opened = ScoresTable.open(tmp_path / "s.parquet")
+    (tmp_path / "s.parquet").write_bytes((tmp_path / "s.parquet").read_bytes()[:100])
+    with pytest.raises(DataFormatError, match="is damaged"):
+        opened.ranks("harm")
 
 
 @pytest.mark.parametrize(
