@@ -14,6 +14,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,14 +53,21 @@ TEMPLATE = (
 )
 
 
+def data_files() -> list[Path]:
+    """Both files of the shared data where they are, otherwise the sample that comes with the project."""
+    shared = [SHARED_DATA / name for name in ("hh-rlhf-harmless-test.jsonl.gz", "dpo-en-demo.json.gz")]
+    if all(path.is_file() for path in shared):
+        return shared
+    return [Path(__file__).parents[1] / "examples" / "hh-rlhf-harmless-sample.jsonl.gz"]
+
+
 def real_pairs(count: int, max_length: int) -> list[RenderedPair]:
-    """Rows of both shared files in equal parts, tokenised by a byte-level BPE trained on them."""
+    """Rows of the data files in equal parts, tokenised by a byte-level BPE trained on them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    rows = []
-    for name in ("hh-rlhf-harmless-test.jsonl.gz", "dpo-en-demo.json.gz"):
-        rows += open_pairs(SHARED_DATA / name).take(range(300))
+    parts = [open_pairs(path).take(range(min(300, open_pairs(path).rows))) for path in data_files()]
+    rows = [pair for part in parts for pair in part]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -75,11 +83,9 @@ def real_pairs(count: int, max_length: int) -> list[RenderedPair]:
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
     tokenizer.chat_template = TEMPLATE
-    rendered = Renderer(tokenizer, max_length=max_length).render(rows)
-    halves = [
-        [result for result in part if isinstance(result, RenderedPair)] for part in (rendered[:300], rendered[300:])
-    ]
-    return [pair for half in halves for pair in half[: count // 2]]
+    renderer = Renderer(tokenizer, max_length=max_length)
+    usable = [[result for result in renderer.render(part) if isinstance(result, RenderedPair)] for part in parts]
+    return [pair for part in usable for pair in part[: count // len(parts)]]
 
 
 def build_config(shape: str) -> Any:
@@ -236,6 +242,7 @@ def _report(
             claims.append(at_least("model FLOP utilisation", extra["flop_utilisation"], 0.60))
         extra["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     workload = {
+        "data": [path.name for path in data_files()],
         "shape": options.shape,
         "layer": layer,
         "pairs": len(pairs),

@@ -41,8 +41,9 @@ def extract_table() -> str:
         lines.append(f"| {name} | {rates} | {row['times_faster']:.2f}x | {error} |")
     lines += [
         "",
-        f"{work['pairs']} real pairs, {work['shape']} shape with random weights, layer {work['layer']}, "
-        f"{work['dtype']}, {content['hardware']['processor']}; median and range of interleaved runs. "
+        f"{work['pairs']} pairs of {' and '.join(work['data'])}, {work['shape']} shape with random weights, "
+        f"layer {work['layer']}, {work['dtype']}, {content['hardware']['processor']}; median and range of "
+        "interleaved runs. "
         f"The analytic FLOP ratio of this workload is {work['analytic_flop_ratio']:.2f}: "
         f"{results['pairtrace']['times_faster'] / work['analytic_flop_ratio']:.2f} of it is reached. {gpu_sentence()}",
     ]

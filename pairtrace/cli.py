@@ -25,6 +25,7 @@ from pairtrace.options import (
     Scores,
     Split,
     Template,
+    TemplateDate,
     TokenBudget,
     Truncation,
 )
@@ -103,37 +104,15 @@ def _extract(
     source: Column = None,
     split: Split = None,
     chat_template: Template = None,
+    template_date: TemplateDate = None,
     fsync: Annotated[bool, typer.Option(help="Force each shard to disk before it is marked.")] = True,
     json: Json = False,
 ) -> None:
     """Run a checkpoint over every pair once and keep its mean response activations. Resumes where it stopped."""
+    options = _settings(locals(), layers=_numbers(layers), max_length=max_length or None, reuse=tuple(reuse or ()))
     from pairtrace.engine.extract import ExtractConfig, extract
 
-    config = ExtractConfig(
-        data=data,
-        model=model,
-        layers=_numbers(layers),
-        store=store,
-        sides=sides,
-        dtype=dtype,
-        compute_dtype=compute_dtype,
-        device=device,
-        max_length=max_length or None,
-        truncation=truncation,
-        token_budget=token_budget,
-        shard_rows=shard_rows,
-        reuse=tuple(reuse or ()),
-        limit=limit,
-        format=format,
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        source=source,
-        split=split,
-        chat_template=chat_template,
-        fsync=fsync,
-    )
-    summary = extract(config, _progress())
+    summary = extract(ExtractConfig(**options), _progress())
     if summary.already_complete:
         logger.info("%s already holds all %s rows of this data: nothing to do", store, f"{summary.rows:,}")
     _print_summary(summary.to_dict(), json)
@@ -183,7 +162,7 @@ def _behavior(
     label_column: Annotated[str | None, typer.Option(help="Column of --rollouts that holds the verdicts.")] = None,
     rules: Annotated[str | None, typer.Option(help="Rule file of the judge [default: refusal patterns].")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the behaviour [default: the stem of --out].")] = None,
-    kind: Annotated[str, typer.Option(help="mean (one vector), bank (one per scenario) or both.")] = "both",
+    kinds: Annotated[str, typer.Option("--kind", help="mean (one vector), bank (one per scenario) or both.")] = "both",
     layers: Annotated[str | None, typer.Option(help="Residual layers [default: those of --store, or all].")] = None,
     store: Annotated[str | None, typer.Option(help="Activation store that the direction is meant for.")] = None,
     max_base_rate: Annotated[float, typer.Option(help="Rate of the behaviour allowed in the other conditions.")] = 0.0,
@@ -193,42 +172,23 @@ def _behavior(
     batch_size: Annotated[int, typer.Option(help="Rollouts per batch.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     device: Device = "auto",
-    compute_dtype: ComputeDtype = "auto",
-    max_length: MaxLength = 1024,
-    truncation: Truncation = "keep_start",
+    dtype: Annotated[str, typer.Option("--compute-dtype", help="Dtype of the forward passes.")] = "auto",
+    max_length: Annotated[int | None, typer.Option(help="As for extraction [default: as --store, or 1024].")] = None,
+    truncation: Annotated[str | None, typer.Option(help="As for extraction [default: as --store].")] = None,
     token_budget: TokenBudget = None,
     chat_template: Template = None,
+    template_date: TemplateDate = None,
     json: Json = False,
 ) -> None:
     """Sample both checkpoints, judge, filter, and turn what changed into directions."""
+    options = _settings(
+        locals(),
+        layers=None if layers is None else _numbers(layers),
+        samples=samples if samples is not None else 8 if temperature else 1,
+    )
     from pairtrace.engine.behavior import BehaviorConfig, build_behavior
 
-    config = BehaviorConfig(
-        out=out,
-        base=base,
-        tuned=tuned,
-        prompts=prompts,
-        name=name,
-        rollouts=rollouts,
-        label_column=label_column,
-        rules=rules,
-        kinds=kind,  # type: ignore[arg-type]  # checked by the configuration
-        layers=None if layers is None else _numbers(layers),
-        store=store,
-        max_base_rate=max_base_rate,
-        temperature=temperature,
-        samples=samples if samples is not None else 8 if temperature else 1,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        seed=seed,
-        device=device,
-        dtype=compute_dtype,
-        max_length=max_length or None,
-        truncation=truncation,
-        token_budget=token_budget,
-        chat_template=chat_template,
-    )
-    _print_summary(build_behavior(config, _progress()).to_dict(), json)
+    _print_summary(build_behavior(BehaviorConfig(**options), _progress()).to_dict(), json)
 
 
 @app.command("score", epilog="Example: pairtrace score acts.zarr b.safetensors --out scores.parquet")
@@ -299,8 +259,10 @@ def _plan(
     layers: Layers,
     gpu: Annotated[str | None, typer.Option(help="GPU, for its peak: H200, H100, A100, L40S and others.")] = None,
     gpu_flops: Annotated[float | None, typer.Option(help="Peak FLOP/s, instead of --gpu.")] = None,
-    utilisation: Annotated[float, typer.Option(help="Share of the peak that is reached (an assumption).")] = 0.4,
-    price: Annotated[float | None, typer.Option(help="Price of an hour of that GPU.")] = None,
+    mfu: Annotated[
+        float, typer.Option("--utilisation", help="Share of the peak that is reached: an assumption.")
+    ] = 0.4,
+    price_per_hour: Annotated[float | None, typer.Option("--price", help="Price of an hour of that GPU.")] = None,
     sample: Annotated[int, typer.Option(help="Rows to tokenise for the estimate; 0 for all.")] = 512,
     seed: Annotated[int, typer.Option(help="Seed of the sample.")] = 0,
     sides: Annotated[bool, typer.Option("--sides", help="Plan for a store with both sides.")] = False,
@@ -308,40 +270,21 @@ def _plan(
     max_length: MaxLength = 1024,
     truncation: Truncation = "keep_start",
     chat_template: Template = None,
+    template_date: TemplateDate = None,
     limit: Limit = None,
     format: Format = None,
     prompt: Column = None,
     chosen: Column = None,
     rejected: Column = None,
+    source: Column = None,
     split: Split = None,
     json: Json = False,
 ) -> None:
     """Estimate tokens, FLOPs, store size, hours and money before any run."""
+    options = _settings(locals(), layers=_numbers(layers), max_length=max_length or None, sample=sample or None)
     from pairtrace.engine.plan import PlanConfig, plan
 
-    config = PlanConfig(
-        data=data,
-        model=model,
-        layers=_numbers(layers),
-        gpu=gpu,
-        gpu_flops=gpu_flops,
-        mfu=utilisation,
-        price_per_hour=price,
-        sample=sample or None,
-        seed=seed,
-        sides=sides,
-        dtype=dtype,
-        max_length=max_length or None,
-        truncation=truncation,
-        chat_template=chat_template,
-        limit=limit,
-        format=format,
-        prompt=prompt,
-        chosen=chosen,
-        rejected=rejected,
-        split=split,
-    )
-    _print_summary(plan(config, _progress()).to_dict(), json)
+    _print_summary(plan(PlanConfig(**options), _progress()).to_dict(), json)
 
 
 @app.command("demo", epilog="Example: pairtrace demo --out demo --seed 1 --json")
@@ -381,6 +324,11 @@ def _progress() -> Progress:
 
     # The quiet option took the notes' level away as well.
     return Bars() if logging.getLogger("pairtrace").isEnabledFor(logging.INFO) else NULL_PROGRESS
+
+
+def _settings(given: dict[str, Any], **changed: Any) -> dict[str, Any]:
+    """A command's options as fields of its configuration, which has the same names; output options are left out."""
+    return {name: value for name, value in given.items() if name != "json"} | changed
 
 
 def _numbers(text: str) -> tuple[int, ...]:

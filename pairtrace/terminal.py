@@ -97,15 +97,16 @@ def _shorten(text: Any, width: int) -> str:
 
 def sources_table(shares: Sequence[SourceShare]) -> str:
     """Sources as an aligned table, in the order given."""
-    name = max([len("source"), *(len(share.source) for share in shares)])
+    names = [share.source or "(none)" for share in shares]
+    name = max(len(text) for text in ("source", *names))
     lines = [
         f"{'source':<{name}} {'rows':>9} {'of data':>8} {'in top':>7} {'of top':>8} {'(interval)':>15} "
         f"{'lift':>6} {'(interval)':>15} {'rate':>8} {'(interval)':>15}"
     ]
-    for share in shares:
+    for source, share in zip(names, shares, strict=True):
         top, lift, rate = share.share_of_top_interval, share.lift_interval, share.rate_interval
         lines.append(
-            f"{share.source:<{name}} {share.rows:>9,} {share.share_of_data:>8.2%} {share.top_rows:>7,} "
+            f"{source:<{name}} {share.rows:>9,} {share.share_of_data:>8.2%} {share.top_rows:>7,} "
             f"{share.share_of_top:>8.2%} {f'({top[0]:.1%} - {top[1]:.1%})':>15} "
             f"{share.lift:>6.2f} {f'({lift[0]:.2f} - {lift[1]:.2f})':>15} "
             f"{share.rate:>8.2%} {f'({rate[0]:.1%} - {rate[1]:.1%})':>15}"

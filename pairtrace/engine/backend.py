@@ -22,6 +22,7 @@ from pairtrace.engine.checkpoint import (
     resolve_checkpoint,
     resolve_device,
 )
+from pairtrace.engine.memory import is_out_of_memory
 from pairtrace.engine.packing import CHOSEN, REJECTED, SHARED, Pack, build_pack, next_members, packed_tokens
 from pairtrace.engine.rendering import RenderedPair
 from pairtrace.errors import ConfigError, ModelError, UnsupportedModelError
@@ -247,11 +248,8 @@ class HFBackend:
         """Pooled (chosen, rejected) of one pack, each float32 [P, L, D]; None when memory ran out."""
         try:
             return self._forward(build_pack(pairs, members, self.device))
-        except torch.OutOfMemoryError:
-            pass
         except RuntimeError as error:
-            # The CPU allocator has no exception type of its own.
-            if "can't allocate memory" not in str(error):
+            if not is_out_of_memory(error):
                 raise
         self._means.clear()
         if self.device.type == "cuda":

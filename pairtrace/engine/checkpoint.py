@@ -90,20 +90,6 @@ def load_tokenizer(model: str | Path) -> Any:
         ) from error
 
 
-def read_chat_template(path: str | None) -> str | None:
-    """The text of a chat-template file, or None for None.
-
-    Raises:
-        ConfigError: the file cannot be read.
-    """
-    if path is None:
-        return None
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the chat template {path} cannot be read: {error}") from error
-
-
 def load_model(factory: Any, path: Path, config: Any, dtype: str, *, expendable: frozenset[str] = frozenset()) -> Any:
     """Load the weights of a checkpoint into the model that `config` describes, on the CPU.
 
