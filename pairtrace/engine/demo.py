@@ -98,9 +98,13 @@ def run_demo(config: DemoConfig, progress: Progress = NULL_PROGRESS) -> DemoSumm
     organism = build_organism(config.organism, out / "organism", progress=progress)
     layer = config.organism.layers
     store, direction, scores = out / "acts.zarr", out / f"{BEHAVIOR}.safetensors", out / "scores.parquet"
-    stages = _Stages(
-        out / "demo.json", {"samples": config.samples, "max_base_rate": config.max_base_rate, "layer": layer}
-    )
+    settings = {
+        "samples": config.samples,
+        "max_base_rate": config.max_base_rate,
+        "layer": layer,
+        "organism": config.organism.identity(),
+    }
+    stages = _Stages(out / "demo.json", settings)
     stages.run(
         "extract",
         store,
