@@ -66,9 +66,18 @@ store_app = typer.Typer(help="Look into an activation store and check it.", no_a
 app.add_typer(store_app, name="store")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def _options(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress bars on stderr.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_show_version, is_eager=True)
+    ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Notes of the libraries as well.")] = False,
 ) -> None:
     handler = logging.StreamHandler(sys.stderr)
@@ -144,8 +153,8 @@ def _store_verify(store: Annotated[str, typer.Argument(help="Activation store.")
     )
     if not report.ok:
         raise PairtraceError(
-            f"{store} has {len(problems)} problems and {missing} of {report.shards} shards missing; "
-            "missing shards come back when the extraction is run again"
+            f"{store}: problems found: {len(problems)}, shards missing: {missing} of {report.shards}; delete the "
+            "mark of a damaged shard (status/c/N) and run the extraction again: it computes what has no mark"
         )
 
 
@@ -284,14 +293,18 @@ def _plan(
     options = _settings(locals(), layers=_numbers(layers), max_length=max_length or None, sample=sample or None)
     from pairtrace.engine.plan import PlanConfig, plan
 
-    _print_summary(plan(PlanConfig(**options), _progress()).to_dict(), json)
+    summary = plan(PlanConfig(**options), _progress()).to_dict()
+    if not json:
+        # The two procedures side by side read best as the rows of one table.
+        summary["procedures"] = [summary.pop("pairtrace"), summary.pop("published")]
+    _print_summary(summary, json)
 
 
 @app.command("demo", epilog="Example: pairtrace demo --out demo --seed 1 --json")
 def _demo(
     out: Annotated[
         str, typer.Option(help="Directory for everything; finished stages in it are kept.")
-    ] = "pairtrace-demo",
+    ] = ".pairtrace-demo",
     seed: Annotated[int, typer.Option(help="Seed of the organism.")] = 0,
     threads: Annotated[int | None, typer.Option(help="Threads of the training [default: PyTorch's].")] = None,
     json: Json = False,

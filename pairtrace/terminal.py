@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,16 @@ if TYPE_CHECKING:
     from pairtrace.engine.ranking import RankedPair, SourceShare
 
 
+# Where stderr is no terminal (a log file, CI), a line this often stands in for the moving bar, in seconds.
+_LOG_EVERY = 30.0
+
+
 class Bars:
-    """Draws the progress of one stage after another on stderr; implements `engine.progress.Progress`."""
+    """Shows the progress of one stage after another on stderr; implements `engine.progress.Progress`."""
 
     def __init__(self) -> None:
         self._bar: Any = None
+        self._logged = 0.0
 
     def start(self, stage: str, total: int | None, unit: str) -> None:
         """Begin a bar of `total` units."""
@@ -24,22 +30,28 @@ class Bars:
         columns = (
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=20),
-            progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}, {task.fields[rates]}"),
+            progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}, {task.fields[figures]}"),
             progress.TimeRemainingColumn(elapsed_when_finished=True),
         )
         self._bar = progress.Progress(*columns, console=Console(stderr=True))
         self._bar.start()
-        self._bar.add_task(stage, total=total or 0, unit=unit, rates="-/s")
+        self._bar.add_task(stage, total=total or 0, unit=unit, figures="-/s")
+        self._logged = time.monotonic()
 
     def advance(self, done: int, **figures: float) -> None:
-        """Move on; every figure is a running total and shown as a rate."""
+        """Move on; tokens are a running total and shown as a rate, other figures as they are."""
         if self._bar is None:
             return
         task = self._bar.tasks[0]
         elapsed = max(task.elapsed or 0.0, 1e-9)
-        rates = [f"{(task.completed + done) / elapsed:,.1f}/s"]
-        rates += [f"{value / elapsed:,.0f} {name}/s" for name, value in figures.items()]
-        self._bar.update(task.id, advance=done, rates=", ".join(rates))
+        shown = [f"{(task.completed + done) / elapsed:,.1f}/s"]
+        for name, value in figures.items():
+            shown.append(f"{value / elapsed:,.0f} tokens/s" if name == "tokens" else f"{name} {value:.4g}")
+        self._bar.update(task.id, advance=done, figures=", ".join(shown))
+        if not self._bar.console.is_terminal and time.monotonic() - self._logged >= _LOG_EVERY:
+            self._logged = time.monotonic()
+            counts = f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}"
+            self._bar.console.print(f"{task.description}: {counts}, {', '.join(shown)}", soft_wrap=True)
 
     def finish(self) -> None:
         """End the bar and leave it on the screen."""
@@ -49,11 +61,16 @@ class Bars:
 
 
 def summary_text(summary: dict[str, Any]) -> str:
-    """A summary as aligned lines; lists of mappings or texts get a line each."""
+    """A summary as aligned lines; lists of texts get a line each, lists of mappings become tables."""
     width = max(len(name) for name in summary)
     lines = []
     for name, value in summary.items():
-        if isinstance(value, list | tuple) and value and isinstance(value[0], dict | str):
+        if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+            lines += [
+                f"{name:>{width}}:",
+                *_table([{key: _inline(item) for key, item in row.items()} for row in value]),
+            ]
+        elif isinstance(value, list | tuple) and value and isinstance(value[0], str):
             lines.append(f"{name:>{width}}:")
             lines += [f"{'':>{width}}  {_inline(item)}" for item in value]
         else:
@@ -61,8 +78,17 @@ def summary_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _table(rows: Sequence[dict[str, str]]) -> list[str]:
+    widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
+    lines = ["  ".join(key.rjust(width) for key, width in widths.items())]
+    lines += ["  ".join(row[key].rjust(width) for key, width in widths.items()) for row in rows]
+    return [f"    {line}" for line in lines]
+
+
 def _inline(value: Any) -> str:
     match value:
+        case {"value": middle, "low": low, "high": high}:
+            return f"{_inline(middle)} ({_inline(low)} to {_inline(high)})" if low != high else _inline(middle)
         case dict():
             return ", ".join(f"{name} {_inline(item)}" for name, item in value.items()) or "none"
         case list() | tuple():
@@ -71,10 +97,12 @@ def _inline(value: Any) -> str:
             return "-"
         case bool():
             return "yes" if value else "no"
-        case int():
+        case int() if abs(value) < 10**10:
             return f"{value:,}"
+        case int():
+            return f"{value:.4g}"
         case float():
-            return f"{value:.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+            return f"{value:,.0f}" if 1000 <= abs(value) < 1e10 else f"{value:.4g}"
         case _:
             return str(value)
 

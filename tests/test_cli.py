@@ -63,6 +63,12 @@ def test_the_example_parses(command: str) -> None:
         assert re.search(rf"(?<![\w-]){option}(?![\w-])", text.partition("Example: ")[0]), option
 
 
+def test_version_option() -> None:
+    from pairtrace import __version__
+
+    assert run("--version").stdout.strip() == __version__
+
+
 def test_help_needs_no_heavy_library() -> None:
     program = (
         "import sys\nfrom pairtrace.cli import main\nsys.argv = ['pairtrace', '--help']\n"

@@ -45,6 +45,8 @@ def _local_directory(model: str | Path) -> Path:
         return path
     if path.exists():
         raise ModelError(f"{path} is a file; expected a checkpoint directory with config.json and *.safetensors")
+    if str(model).startswith((".", "/", "~")):
+        raise ModelError(f"there is no directory {path}; expected a checkpoint directory or a hub id")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -52,7 +54,8 @@ def _local_directory(model: str | Path) -> Path:
         return Path(snapshot_download(str(model), allow_patterns=list(_WEIGHT_PATTERNS)))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(
-            f"{str(model)!r} is neither a local directory nor a model that the hub returned ({error})"
+            f"{str(model)!r} is neither a local directory nor a model that the hub returned "
+            f"({str(error).strip().splitlines()[0]})"
         ) from error
 
 
@@ -82,6 +85,8 @@ def load_tokenizer(model: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     path = _local_directory(model)
+    if not any((path / name).is_file() for name in ("config.json", "tokenizer.json", "tokenizer_config.json")):
+        raise ModelError(f"{path} is not a checkpoint: it has neither a config.json nor tokenizer files")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -222,7 +227,7 @@ def resolve_device(device: str) -> torch.device:
 
     if device == "auto":
         resolved = "cuda" if torch.cuda.is_available() else "cpu"
-        logger.info("device auto: %s", resolved)
+        logger.debug("device auto: %s", resolved)
         return torch.device(resolved)
     try:
         chosen = torch.device(device)

@@ -93,7 +93,7 @@ def save_directions(path: str | Path, directions: Sequence[Direction], manifest:
     Raises:
         ConfigError: the file cannot be written.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     assert directions
     tensors: dict[str, np.ndarray] = {}
@@ -112,7 +112,8 @@ def save_directions(path: str | Path, directions: Sequence[Direction], manifest:
         **manifest,
     }
     with replacing(path) as temporary:
-        save_file(tensors, temporary, metadata={METADATA_KEY: json.dumps(complete, sort_keys=True)})
+        # save_file would make the file readable for its owner alone.
+        temporary.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(complete, sort_keys=True)}))
 
 
 def load_directions(

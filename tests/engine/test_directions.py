@@ -197,12 +197,22 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     save_directions(path, [direction()], {})
     before = path.read_bytes()
 
-    def full_disk(tensors: Any, target: Path, metadata: Any) -> None:
-        Path(target).write_bytes(b"half")
+    original = Path.write_bytes
+
+    def full_disk(target: Path, data: Any) -> int:
+        original(target, b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("safetensors.numpy.save_file", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(ConfigError, match="No space left"):
         save_directions(path, [direction(seed=9)], {})
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["b.safetensors"]
+
+
+def test_the_file_is_readable_like_any_other(tmp_path: Path) -> None:
+    values = np.ones((1, 3), dtype=np.float32)
+    path, plain = tmp_path / "b.safetensors", tmp_path / "plain"
+    save_directions(str(path), [Direction(name="b", layer=1, values=values, kind="vector", origin="test")], {})
+    plain.write_bytes(b"")
+    assert path.stat().st_mode == plain.stat().st_mode
