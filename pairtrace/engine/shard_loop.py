@@ -106,12 +106,9 @@ class ShardLoop:
                 totals.rows += len(work.rendered)
                 if not finished.put((work, block)):
                     break
-            finished.close()
-        except BaseException:
-            # What is already queued is complete: let it be written, then end.
-            finished.close()
-            raise
         finally:
+            # What is already queued is complete, even after an error: let it be written, then end.
+            finished.close()
             rendered.stop()
             for thread in threads:
                 thread.join()
