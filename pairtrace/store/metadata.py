@@ -170,8 +170,7 @@ def _clear_interrupted_creation(root: Path) -> None:
                 "restore that file, or choose another --store path"
             )
     for key in leftovers:
-        # Zarr itself removes the partial file of a write that failed, from a thread of its own.
-        (root / key).unlink(missing_ok=True)
+        (root / key).unlink()
     # Zarr warns about directories that are no arrays, and the arrays may be other ones this time.
     for folder, _, _ in os.walk(root, topdown=False):
         if Path(folder) != root:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,40 @@ def crash_on_nth(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, n: int)
 
     monkeypatch.setattr(owner, name, counted)
     return lambda: calls
+
+
+def dies_at_nth(owner: Any, name: str, n: int, action: Callable[[], object]) -> bool:
+    """Run an action in a child process that ends at its n-th call of a function, just before the call acts.
+
+    A process of its own, since Zarr creates arrays in threads: after an exception in one of them the others
+    would go on writing, as they do not when a process ends.
+
+    Returns:
+        Whether the action came to the n-th call.
+    """
+    died, finished, failed = 70, 0, 71
+    child = os.fork()
+    if child == 0:
+        original, lock, calls = getattr(owner, name), threading.Lock(), itertools.count(1)
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with lock:
+                if next(calls) == n:
+                    os._exit(died)
+            return original(*args, **kwargs)
+
+        setattr(owner, name, counted)
+        code = failed
+        try:
+            action()
+            code = finished
+        finally:
+            if code == failed:
+                traceback.print_exc()
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (died, finished), f"the child process ended with {code}"
+    return code == died
 
 
 def record_durability(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from pairtrace.errors import StoreDamagedError, StoreError, StoreLockedError, St
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.verify import verify
 from pairtrace.store.writer import StoreWriter
-from tests.store.crashes import Crash, crash_on_nth, record_durability
+from tests.store.crashes import Crash, crash_on_nth, dies_at_nth, record_durability
 from tests.store.samples import chunk_files, make_block, make_manifest, tree_bytes, write_store
 
 # What is in the way
@@ -66,15 +66,14 @@ def test_creation_interrupted_at_every_step_starts_over(tmp_path: Path, owner: A
     crashes = 0
     for step in range(1, 100):
         root = tmp_path / str(step)
-        with pytest.MonkeyPatch.context() as patch:
-            calls = crash_on_nth(patch, owner, name, step)
-            try:
-                StoreWriter.create_or_resume(root, make_manifest(), fsync=False).close()
-            except Crash:
-                crashes += 1
-            else:
-                assert calls() == step - 1
-                break
+        if not dies_at_nth(
+            owner,
+            name,
+            step,
+            lambda root=root: StoreWriter.create_or_resume(root, make_manifest(), fsync=False).close(),
+        ):
+            break
+        crashes += 1
         with pytest.raises(StoreError):
             ActivationStore.open(root)
         write_store(root, second)
@@ -177,14 +176,11 @@ def test_starting_over_can_be_interrupted_at_every_step(tmp_path: Path, owner: A
     for step in range(1, 100):
         root = tmp_path / str(step)
         begin(root)
-        with pytest.MonkeyPatch.context() as patch:
-            crash_on_nth(patch, owner, name, step)
-            try:
-                StoreWriter.create_or_resume(root, OTHER_SETTINGS, fsync=False).close()
-            except Crash:
-                crashes += 1
-            else:
-                break
+        if not dies_at_nth(
+            owner, name, step, lambda root=root: StoreWriter.create_or_resume(root, OTHER_SETTINGS, fsync=False).close()
+        ):
+            break
+        crashes += 1
         write_store(root, after)
         assert tree_bytes(root) == reference
     assert crashes >= 5
