@@ -13,9 +13,6 @@ power of two that cancels in the cosine: no finite non-zero row scores NaN or 0 
 
 from __future__ import annotations
 
-import logging
-import threading
-from collections.abc import Callable
 from typing import Any
 
 import numba
@@ -24,7 +21,7 @@ from llvmlite import ir
 from numba import prange, types
 from numba.extending import intrinsic
 
-logger = logging.getLogger(__name__)
+from pairtrace.kernels.compiled import parallel, run
 
 SAFE_LOW = np.float32(2.0**-80)
 SAFE_HIGH = np.float32(2.0**126)
@@ -37,27 +34,6 @@ TILE_ROWS = 16
 
 # Reassociation lets LLVM keep several partial sums per lane. NaN and infinity keep their meaning: they decide results.
 _FASTMATH = {"reassoc", "contract"}
-
-# Numba's fallback threading layer ends the process when two Python threads enter a parallel region at once.
-_PARALLEL_REGION = threading.Lock()
-
-
-def _parallel(function: Callable[..., Any]) -> Any:
-    """Compile for several threads, cached on disk where a cache directory can be written."""
-    try:
-        return numba.njit(parallel=True, cache=True)(function)
-    except RuntimeError as error:  # "no locator available": neither the package nor the user cache is writable
-        logger.debug("compiled kernels are not cached: %s", error)
-        return numba.njit(parallel=True)(function)
-
-
-def _run(kernel: Any, *arguments: Any) -> None:
-    with _PARALLEL_REGION:
-        try:
-            kernel(*arguments)
-        except OSError as error:  # the cache could not be written (full disk); the compiled code is there all the same
-            logger.debug("compiled kernels are not cached: %s", error)
-            kernel(*arguments)
 
 
 def _decoder_for(typingctx: Any, word: Any) -> Any:
@@ -146,7 +122,7 @@ def _divisor(squares: Any, scale: Any, norms: Any, i: int) -> Any:
     return norm * np.float64(scale)
 
 
-@_parallel
+@parallel
 def _fused(flat: Any, stride: int, units: Any, norms: Any, out: Any) -> None:
     width = units.shape[1]
     count = out.shape[1]
@@ -209,7 +185,7 @@ def _sixteen_dots(rows: Any, units: Any, out: Any) -> None:
     out[3, 0], out[3, 1], out[3, 2], out[3, 3] = s30, s31, s32, s33
 
 
-@_parallel
+@parallel
 def _tiled(flat: Any, stride: int, units: Any, norms: Any, out: Any) -> None:
     count, K = out.shape
     width = units.shape[1]
@@ -245,7 +221,7 @@ def fused_scores(flat: np.ndarray, stride: int, units: np.ndarray, norms: np.nda
         out: float32 [n, K], overwritten.
     """
     assert units.shape[0] == (1 if out.shape[1] == 1 else -(-out.shape[1] // 4) * 4)
-    _run(_fused, flat, stride, units, norms, out)
+    run(_fused, flat, stride, units, norms, out)
 
 
 def tiled_scores(flat: np.ndarray, stride: int, units: np.ndarray, norms: np.ndarray, out: np.ndarray) -> None:
@@ -263,4 +239,4 @@ def tiled_scores(flat: np.ndarray, stride: int, units: np.ndarray, norms: np.nda
         out: float32 [n, K], overwritten.
     """
     assert units.shape[0] == -(-out.shape[1] // 4) * 4
-    _run(_tiled, flat, stride, units, norms, out)
+    run(_tiled, flat, stride, units, norms, out)

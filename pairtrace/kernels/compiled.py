@@ -1,0 +1,37 @@
+"""How the CPU kernels are compiled and run: imported only by modules that are imported only when they run."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import numba
+
+logger = logging.getLogger(__name__)
+
+# Numba's fallback threading layer ends the process when two Python threads enter a parallel region at once.
+_PARALLEL_REGION = threading.Lock()
+
+
+def parallel(function: Callable[..., Any]) -> Any:
+    """Compile for several threads, cached on disk where a cache directory can be written.
+
+    The interpreter's lock is released while the kernel runs: other Python threads (readers, writers) go on.
+    """
+    try:
+        return numba.njit(parallel=True, nogil=True, cache=True)(function)
+    except RuntimeError as error:  # "no locator available": neither the package nor the user cache is writable
+        logger.debug("compiled kernels are not cached: %s", error)
+        return numba.njit(parallel=True, nogil=True)(function)
+
+
+def run(kernel: Any, *arguments: Any) -> Any:
+    """Call a kernel made by `parallel`; calls from several Python threads wait for each other."""
+    with _PARALLEL_REGION:
+        try:
+            return kernel(*arguments)
+        except OSError as error:  # the cache could not be written (full disk); the compiled code is there all the same
+            logger.debug("compiled kernels are not cached: %s", error)
+            return kernel(*arguments)
