@@ -19,19 +19,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 COMPUTE_DTYPES = ("auto", "float32", "bfloat16", "float16")
-_WEIGHT_PATTERNS = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_DESCRIPTION_PATTERNS = ("*.json", "*.model", "*.txt", "*.jinja")
 _HASH_BLOCK = 1 << 22
 # Written by the library that saved the file; they do not change what the model computes.
 _VOLATILE_CONFIG_KEYS = ("transformers_version", "_name_or_path", "torch_dtype", "dtype", "use_cache")
 
 
-def resolve_checkpoint(model: str | Path) -> Path:
+def resolve_checkpoint(model: str | Path, *, weights: bool = True) -> Path:
     """Return the local directory of a checkpoint: the given directory, or the hub's local copy of an id.
+
+    Args:
+        model: directory or hub id.
+        weights: fetch the weights as well; otherwise configuration and tokenizer only.
 
     Raises:
         ModelError: the directory has no `config.json`, or the id can neither be found nor fetched.
     """
-    path = _local_directory(model)
+    path = _local_directory(model, weights=weights)
     if (path / "config.json").is_file():
         return path
     if (path / "adapter_config.json").is_file():
@@ -39,7 +43,7 @@ def resolve_checkpoint(model: str | Path) -> Path:
     raise ModelError(f"{path} is not a checkpoint: it has no config.json")
 
 
-def _local_directory(model: str | Path) -> Path:
+def _local_directory(model: str | Path, *, weights: bool = True) -> Path:
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -51,7 +55,8 @@ def _local_directory(model: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(model), allow_patterns=list(_WEIGHT_PATTERNS)))
+        patterns = [*_DESCRIPTION_PATTERNS, *(["*.safetensors"] if weights else [])]
+        return Path(snapshot_download(str(model), allow_patterns=patterns))
     except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise ModelError(
             f"{str(model)!r} is neither a local directory nor a model that the hub returned "

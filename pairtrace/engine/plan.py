@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from pairtrace.engine.flops import ModelShape, extraction_flops, published_flops
 from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.rendered import Quarantined
-from pairtrace.errors import ConfigError, ModelError
+from pairtrace.errors import ConfigError
 
 if TYPE_CHECKING:
     from pairtrace.engine.rendering import Renderer
@@ -163,9 +162,9 @@ def plan(config: PlanConfig, progress: Progress = NULL_PROGRESS) -> PlanSummary:
         ConfigError: an option is out of range.
     """
     from pairtrace.engine.architectures import check_layers
-    from pairtrace.engine.checkpoint import load_config
+    from pairtrace.engine.checkpoint import load_config, resolve_checkpoint
 
-    path = _without_weights(config.model)
+    path = str(resolve_checkpoint(config.model, weights=False))
     model_config = load_config(path)
     check_layers(config.layers, model_config)
     shape = ModelShape.from_config(model_config)
@@ -284,18 +283,3 @@ def _assumptions(config: PlanConfig, sampled: int, rows: int) -> tuple[str, ...]
         lines.append("no price per hour was given, so there is no money figure")
     lines.append("the store size leaves out the texts of sources and quarantine reasons")
     return tuple(lines)
-
-
-def _without_weights(model: str) -> str:
-    """A local directory with configuration and tokenizer; of a hub id nothing else is fetched."""
-    if Path(model).expanduser().exists():
-        return model
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return str(snapshot_download(model, allow_patterns=["*.json", "*.model", "*.txt", "*.jinja"]))
-    except (HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ModelError(
-            f"{model!r} is neither a local directory nor a model that the hub returned ({error})"
-        ) from error

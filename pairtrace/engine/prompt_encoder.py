@@ -9,7 +9,7 @@ from typing import Any
 
 from pairtrace.engine.checkpoint import load_config, load_tokenizer, resolve_checkpoint
 from pairtrace.engine.fingerprints import fingerprints
-from pairtrace.engine.templates import chat_template_of
+from pairtrace.engine.templates import TemplateRefusal, apply_template, chat_template_of
 from pairtrace.errors import ConfigError, DataError, ModelError
 
 
@@ -94,23 +94,13 @@ class PromptEncoder:
         return ids
 
     def _render(self, name: str, messages: Sequence[dict[str, Any]]) -> str:
-        import jinja2
-
-        options = {} if self.chat_template is None else {"chat_template": self.chat_template}
+        options: dict[str, Any] = {} if self.chat_template is None else {"chat_template": self.chat_template}
         try:
-            text: str = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=True, **options
-            )
-        except jinja2.TemplateSyntaxError as error:
-            raise ModelError(
-                f"the chat template of {self.model} is not valid Jinja (line {error.lineno}): {error.message}"
-            ) from error
-        # What a template can raise for one odd conversation: raise_exception(), undefined variables, wrong types.
-        except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            detail = str(error).encode("utf-8", "backslashreplace").decode()
+            text = apply_template(self.tokenizer, messages, generation_prompt=True, **options)
+        except TemplateRefusal as error:
             raise DataError(
-                f"{name}: the chat template of {self.model} refuses the conversation "
-                f"({type(error).__name__}: {detail}); change the prompt or give another template with --chat-template"
+                f"{name}: the chat template of {self.model} refuses the conversation ({error}); "
+                "change the prompt or give another template with --chat-template"
             ) from error
         try:
             text.encode()

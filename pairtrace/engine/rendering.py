@@ -18,12 +18,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 
 from pairtrace.engine.fingerprints import fingerprints
 from pairtrace.engine.pair import Message, Pair
 from pairtrace.engine.rendered import Quarantined, RenderedPair, content_id
+from pairtrace.engine.templates import TemplateRefusal, apply_template
 from pairtrace.errors import ConfigError, ModelError
 
 __all__ = ["TRUNCATIONS", "Quarantined", "RenderedPair", "Renderer", "Truncation", "fingerprints"]
@@ -32,7 +32,6 @@ Truncation = Literal["keep_start", "keep_end"]
 TRUNCATIONS: tuple[Truncation, ...] = ("keep_start", "keep_end")
 
 # What a template can raise for one odd conversation: raise_exception(), undefined variables, wrong types.
-_TEMPLATE_FAILURES = (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
 # Arguments of apply_chat_template that change the tokenisation, not the template: a row may not set them.
 _NOT_TEMPLATE_VARIABLES = frozenset(
@@ -156,29 +155,12 @@ class Renderer:
             )
         try:
             return (
-                self._render_text(prompt, True, tools, variables),
-                self._render_text(prompt + chosen, False, tools, variables),
-                self._render_text(prompt + rejected, False, tools, variables),
+                apply_template(self.tokenizer, prompt, generation_prompt=True, tools=tools, **variables),
+                apply_template(self.tokenizer, prompt + chosen, generation_prompt=False, tools=tools, **variables),
+                apply_template(self.tokenizer, prompt + rejected, generation_prompt=False, tools=tools, **variables),
             )
-        except jinja2.TemplateSyntaxError as error:
-            raise ModelError(f"the chat template is not valid Jinja (line {error.lineno}): {error.message}") from error
-        except _TEMPLATE_FAILURES as error:
-            # A template may repeat the row's text, which need not be valid Unicode.
-            detail = str(error).encode("utf-8", "backslashreplace").decode()
-            return f"template_error: {type(error).__name__}: {detail}"
-
-    def _render_text(
-        self,
-        messages: list[Message],
-        generation_prompt: bool,
-        tools: list[Any] | None,
-        variables: dict[str, Any],
-    ) -> str:
-        text = self.tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=generation_prompt, **variables
-        )
-        assert isinstance(text, str)
-        return text
+        except TemplateRefusal as error:
+            return f"template_error: {error}"
 
     def _tokenize(
         self, group: Sequence[_Texts], add_special_tokens: bool

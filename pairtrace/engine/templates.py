@@ -1,8 +1,9 @@
-"""Chat templates: read from a file, and freed from the calendar."""
+"""Chat templates: read from a file, freed from the calendar, and applied."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,47 @@ from pairtrace.errors import ConfigError, ModelError
 # Templates such as Llama 3.2's print the day: strftime_now("%d %b %Y").
 _PRINTS_DATE = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
 _ANY_CALL = re.compile(r"strftime_now\s*\(")
+
+
+class TemplateRefusal(Exception):  # noqa: N818 - it never reaches a user
+    """A template raised for one conversation; the text says what."""
+
+
+def apply_template(
+    tokenizer: Any,
+    messages: Sequence[Any],
+    *,
+    generation_prompt: bool,
+    tools: list[Any] | None = None,
+    **variables: Any,
+) -> str:
+    """The text of a conversation.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        messages: the conversation.
+        generation_prompt: end with the beginning of an answer.
+        tools: what the template may list.
+        variables: further variables of the template; `chat_template` replaces the tokenizer's own.
+
+    Raises:
+        ModelError: the template is not valid Jinja.
+        TemplateRefusal: it raised for this conversation (raise_exception(), undefined variables, wrong types).
+    """
+    import jinja2
+
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tools=tools, tokenize=False, add_generation_prompt=generation_prompt, **variables
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise ModelError(f"the chat template is not valid Jinja (line {error.lineno}): {error.message}") from error
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # A template may repeat the conversation's text, which need not be valid Unicode.
+        detail = str(error).encode("utf-8", "backslashreplace").decode()
+        raise TemplateRefusal(f"{type(error).__name__}: {detail}") from error
+    assert isinstance(text, str)
+    return text
 
 
 def chat_template_of(tokenizer: Any, path: str | None = None, day: str | None = None) -> str | None:
