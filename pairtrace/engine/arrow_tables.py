@@ -28,11 +28,12 @@ class ParquetTable:
         self._path = path
         try:
             with pq.ParquetFile(path) as file:
-                self.columns = tuple(file.schema_arrow.names)
+                self.schema = file.schema_arrow
                 self.rows: int = file.metadata.num_rows
                 sizes = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             raise DataFormatError(f"{self.name}: not a readable parquet file: {error}") from error
+        self.columns = tuple(self.schema.names)
         self.block_starts: Sequence[int] = _starts(sizes)
 
     def digest(self) -> str:
@@ -60,6 +61,18 @@ class ParquetTable:
         except (pa.ArrowException, OSError) as error:
             raise DataFormatError(f"{self.name}: rows {start} to {stop - 1} are damaged: {error}") from error
 
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows with all columns, in Arrow.
+
+        Raises:
+            DataFormatError: a row group is damaged.
+        """
+        try:
+            with pq.ParquetFile(self._path, pre_buffer=False, buffer_size=_BUFFER) as file:
+                yield from file.iter_batches(BATCH_ROWS, use_threads=False)
+        except (pa.ArrowException, OSError) as error:
+            raise DataFormatError(f"{self.name} is damaged: {error}") from error
+
 
 class ArrowTable:
     """Arrow files in order, stream or file format, memory-mapped.
@@ -71,11 +84,12 @@ class ArrowTable:
     def __init__(self, name: str, paths: Sequence[Path]) -> None:
         self.name = name
         self._paths = paths
-        self.columns: tuple[str, ...] = ()
+        self.schema = pa.schema([])
         sizes: list[int] = []
-        for batch in self._batches():
-            self.columns = tuple(batch.schema.names)
+        for batch in self.batches():
+            self.schema = batch.schema
             sizes.append(batch.num_rows)
+        self.columns = tuple(self.schema.names)
         self.rows = sum(sizes)
         self.block_starts: Sequence[int] = _starts(sizes)
 
@@ -86,9 +100,9 @@ class ArrowTable:
     def read(self, start: int, stop: int, columns: Sequence[str]) -> Iterator[Record]:
         """The rows from `start` up to `stop`, with the given columns."""
         wanted = list(columns)
-        yield from _window((batch.select(wanted) for batch in self._batches()), 0, start, stop)
+        yield from _window((batch.select(wanted) for batch in self.batches()), 0, start, stop)
 
-    def _batches(self) -> Iterator[pa.RecordBatch]:
+    def batches(self) -> Iterator[pa.RecordBatch]:
         """All batches, as views of the mapped files: those that are passed over cost nothing."""
         for path in self._paths:
             try:

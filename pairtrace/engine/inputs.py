@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pairtrace.engine.arrow_tables import ArrowTable, ParquetTable, batch_records, saved_dataset
 from pairtrace.engine.json_tables import JsonTable
 from pairtrace.engine.tables import BATCH_ROWS, Record, Table, file_digest
@@ -135,3 +137,15 @@ class HubTable:
         view = self._dataset.select_columns(list(columns)).with_format("arrow")
         for first in range(start, min(stop, self.rows), BATCH_ROWS):
             yield from batch_records(view[first : min(first + BATCH_ROWS, stop, self.rows)])
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns and their types, with the features of `datasets` in the metadata."""
+        schema: pa.Schema = self._dataset.features.arrow_schema
+        return schema
+
+    def batches(self) -> Iterator[pa.RecordBatch]:
+        """All rows with all columns, in Arrow."""
+        view = self._dataset.with_format("arrow")
+        for first in range(0, self.rows, BATCH_ROWS):
+            yield from view[first : first + BATCH_ROWS].to_batches()

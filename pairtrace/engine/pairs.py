@@ -10,10 +10,13 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pairtrace.engine.formats import FORMATS, RowFormat
 from pairtrace.engine.inputs import open_tables
 from pairtrace.engine.pair import Message, Pair
 from pairtrace.engine.recognition import recognise
+from pairtrace.engine.row_batches import common_schema, read_batches
 from pairtrace.engine.tables import Record, Table, Unreadable
 from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError
 
@@ -171,6 +174,22 @@ class PairSource:
         """The source of every row, in order, as `Pair.source` has it."""
         for _, record, source in self._records(0, self.rows, [self._format.source or self._format.chosen]):
             yield source if isinstance(record, Unreadable) else self._format.source_of(record, source)
+
+    def schema(self) -> pa.Schema:
+        """Every column of the data with its type; reads all rows where the files are JSON.
+
+        Raises:
+            DataFormatError: the values of a column do not go together.
+        """
+        return common_schema(self._tables)
+
+    def batches(self, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        """All rows of the data in order, those beyond the limit as well, with every column.
+
+        Raises:
+            DataFormatError: a file is damaged or changed since it was opened.
+        """
+        return read_batches(self._tables, schema)
 
     def _pair(self, row: int, record: Record, source: str) -> Pair:
         if isinstance(record, Unreadable):
