@@ -11,6 +11,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 ComputeDtype = Annotated[
     str, typer.Option(help="Dtype of the forward pass: auto (the checkpoint's own), float32, bfloat16, float16.")
 ]
+StoreDtype = Annotated[str, typer.Option(help="Dtype of the stored rows: float16, bfloat16, float32, int8 (scaled).")]
+Codec = Annotated[
+    str, typer.Option(help="Compression of the stored rows: none, zstd:LEVEL, blosc-lz4:LEVEL or blosc-zstd:LEVEL.")
+]
 MaxLength = Annotated[int, typer.Option(help="Longest sequence in tokens, as in training; 0 for no limit.")]
 Truncation = Annotated[str, typer.Option(help="Which end of a longer sequence stays: keep_start or keep_end.")]
 TokenBudget = Annotated[int | None, typer.Option(help="Tokens per forward pass [default: by device].")]

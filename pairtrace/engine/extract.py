@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pairtrace.engine.data_config import DataConfig
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.errors import ConfigError
+from pairtrace.store.codecs import parse_codec
 from pairtrace.store.manifest import DTYPES, Manifest
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class ExtractConfig(DataConfig):
         store: path of the activation store, made or resumed.
         sides: also keep the means of chosen and rejected (needed to train probes).
         dtype: dtype of the stored rows.
+        codec: compression of the stored rows: "none", "zstd:LEVEL", "blosc-lz4:LEVEL" or "blosc-zstd:LEVEL".
         compute_dtype: dtype of the forward pass; "auto" is the checkpoint's own.
         device: "auto", "cpu", "cuda" or "cuda:N".
         token_budget: tokens per forward pass; None for the device's default.
@@ -48,6 +50,7 @@ class ExtractConfig(DataConfig):
     store: str
     sides: bool = False
     dtype: str = "float16"
+    codec: str = "none"
     compute_dtype: str = "auto"
     device: str = "auto"
     token_budget: int | None = None
@@ -59,6 +62,7 @@ class ExtractConfig(DataConfig):
         super().__post_init__()
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown store dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        parse_codec(self.codec)
         for name in ("token_budget", "shard_rows"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -187,6 +191,7 @@ def build_manifest(config: ExtractConfig, source: PairSource, renderer: Renderer
         width=int(model_config.hidden_size),
         layers=layers,
         dtype=config.dtype,
+        codec=config.codec,
         sides=config.sides,
         shard_rows=min(config.shard_rows or default_shard_rows(source.rows), source.rows),
         compute_dtype=str(resolve_dtype(config.compute_dtype, model_config)).removeprefix("torch."),
@@ -199,6 +204,9 @@ def build_manifest(config: ExtractConfig, source: PairSource, renderer: Renderer
         data=str(Path(config.data).resolve()) if Path(config.data).exists() else config.data,
         data_format=source.format,
         columns=source.columns,
+        split=config.split,
+        chat_template=None if config.chat_template is None else str(Path(config.chat_template).resolve()),
+        template_date=config.template_date,
         max_length=config.max_length,
         truncation=config.truncation,
         attention=ATTENTION_NAME,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pairtrace.engine.data_config import DataConfig
+from pairtrace.engine.extract import default_shard_rows
 from pairtrace.engine.flops import ModelShape, extraction_flops, published_flops
 from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
@@ -34,10 +35,12 @@ GPU_FLOPS = {
     "A10": 125e12,
     "RTX4090": 165e12,
 }
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int8": 1}
 CONFIDENCE = 0.95
 # Per row, whatever the layers: pair_id, three token counts, status.
 _ROW_BYTES = 16 + 12 + 1
+# Of a norm or scale.
+_SCALAR_BYTES = 4
 _CHUNK = 256
 
 
@@ -130,7 +133,7 @@ class PlanSummary:
         pairtrace: cost of this package's extraction.
         published: cost of two full forward passes per pair.
         flop_ratio: published / pairtrace; None when no row can be used.
-        store_bytes: size of the store without the texts of sources and reasons.
+        store_bytes: size of the store without the texts of sources and reasons, uncompressed.
         layers: to be stored.
         width: D.
         assumptions: what the figures rest on, in words.
@@ -177,8 +180,6 @@ def plan(config: PlanConfig, progress: Progress = NULL_PROGRESS) -> PlanSummary:
     ours = _procedure(config, "pairtrace", counts.sum(axis=1), shared, source.rows)
     theirs = _procedure(config, "published", counts.sum(axis=1) + prompt, twice, source.rows)
     layers = tuple(sorted(set(config.layers)))
-    vectors = 3 if config.sides else 1
-    per_row = _ROW_BYTES + len(layers) * (vectors * shape.width * ITEM_BYTES[config.dtype] + 4)
     return PlanSummary(
         data=source.describe(),
         rows=source.rows,
@@ -187,11 +188,20 @@ def plan(config: PlanConfig, progress: Progress = NULL_PROGRESS) -> PlanSummary:
         pairtrace=ours,
         published=theirs,
         flop_ratio=theirs.flops.value / ours.flops.value if ours.flops.value else None,
-        store_bytes=source.rows * per_row,
+        store_bytes=_store_bytes(config, source.rows, len(layers), shape.width),
         layers=layers,
         width=shape.width,
         assumptions=_assumptions(config, len(counts), source.rows),
     )
+
+
+def _store_bytes(config: PlanConfig, rows: int, layers: int, width: int) -> int:
+    vectors = layers * (3 if config.sides else 1)
+    size = rows * (_ROW_BYTES + layers * _SCALAR_BYTES + vectors * width * ITEM_BYTES[config.dtype])
+    if config.dtype == "int8":  # one scale per row, and one per column of each shard
+        shards = -(-rows // default_shard_rows(rows))
+        size += vectors * (rows + shards * width) * _SCALAR_BYTES
+    return size
 
 
 def _count_tokens(

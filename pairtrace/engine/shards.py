@@ -13,14 +13,15 @@ import numpy as np
 from pairtrace.engine.backend import Backend, OnPack, Pooled
 from pairtrace.engine.rendering import Quarantined, RenderedPair
 from pairtrace.errors import StoreDamagedError
-from pairtrace.store.layout import OK, QUARANTINED
+from pairtrace.store.layout import OK, QUARANTINED, to_float32
 from pairtrace.store.reuse import PairIndex
 from pairtrace.store.rows import RowReader
 from pairtrace.store.writer import ShardBlock
 
 OWN_STORE = -1
 # Largest finite value of each store dtype.
-LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38, "float32": float(np.finfo(np.float32).max)}
+# The scales of int8 rows are float32 and take up to sqrt(n * D) times the largest value.
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38, "float32": float(np.finfo(np.float32).max), "int8": 1e30}
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +143,14 @@ def pair_ids(rendered: Sequence[RenderedPair | Quarantined]) -> np.ndarray:
 
 
 def compute_block(work: ShardWork, backend: Backend, *, dtype: str, sides: bool, on_pack: OnPack) -> ShardBlock:
-    """Run the model over the rows to compute; rows to copy stay empty until `fill_copies`."""
+    """Run the model over the rows to compute; rows to copy stay empty until `fill_copies`.
+
+    For an int8 store the rows are float32: the writer rounds them once the copies are there too, because the scales
+    belong to the whole shard.
+    """
     count = len(work.rendered)
     layers, width = backend.layers, backend.width
-    stored = np.uint16 if dtype == "bfloat16" else np.dtype(dtype)
+    stored = np.uint16 if dtype == "bfloat16" else np.dtype(np.float32 if dtype == "int8" else dtype)
     names = ("diff", "chosen", "rejected") if sides else ("diff",)
     arrays = {name: {layer: np.zeros((count, width), dtype=stored) for layer in layers} for name in names}
     norm = {layer: np.zeros(count, dtype=np.float32) for layer in layers}
@@ -209,7 +214,12 @@ def _problems(pooled: Pooled, dtype: str, sides: bool) -> dict[int, str]:
 
 
 def encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Cast float32 rows to a store dtype, rounding to nearest even; bfloat16 comes as its uint16 bits."""
+    """Cast float32 rows to a store dtype, rounding to nearest even; bfloat16 comes as its uint16 bits.
+
+    Rows of an int8 store stay float32 until the writer rounds the whole shard.
+    """
+    if dtype == "int8":
+        return values
     if dtype == "bfloat16":
         import torch
 
@@ -221,7 +231,8 @@ def fill_copies(block: ShardBlock, work: ShardWork, sources: Sequence[RowReader]
     """Fill the rows of `block` that are copies; earlier shards of the own store must have been written.
 
     Only chunks that hold copied rows are read, and each chunk's checksum is compared before its first row is
-    copied: the copy gets a checksum of its own, so damage would never be noticed again.
+    copied: the copy gets a checksum of its own, so damage would never be noticed again. In an int8 store a copied row
+    is decoded, and rounded a second time with the scales of its new shard.
 
     Args:
         block: what `compute_block` gave; its rows to copy are filled in place.
@@ -262,7 +273,10 @@ def _copy_from(reader: RowReader, block: ShardBlock, copies: Sequence[Copy]) -> 
         block.norm[layer][positions] = reader.take(f"norm/{layer}", rows)
         for name, arrays in (("diff", block.diff), ("chosen", block.chosen), ("rejected", block.rejected)):
             if arrays is not None:
-                arrays[layer][positions] = reader.take(f"{name}/{layer}", rows)
+                held, values = arrays[layer], reader.take(f"{name}/{layer}", rows)
+                assert isinstance(held, np.ndarray)
+                # Only an int8 run copies from stores of another dtype.
+                held[positions] = values if held.dtype == values.dtype else to_float32(values)
 
 
 def _copy_within(block: ShardBlock, position: int, original: int) -> None:
@@ -272,4 +286,6 @@ def _copy_within(block: ShardBlock, position: int, original: int) -> None:
         block.norm[layer][position] = block.norm[layer][original]
         for arrays in (block.diff, block.chosen, block.rejected):
             if arrays is not None:
-                arrays[layer][position] = arrays[layer][original]
+                held = arrays[layer]
+                assert isinstance(held, np.ndarray)
+                held[position] = held[original]

@@ -1,6 +1,7 @@
 """The bytes of one chunk: the part of one array that one shard holds.
 
 A numeric chunk is S rows, little-endian, the last shard's padded with zeros, then the crc32c of all that.
+With a codec, the padded rows are compressed before the checksum.
 A text chunk is vlen-utf8 (a count, then length and bytes of each string, lengths uint32), then the crc32c.
 These are the bytes that Zarr's own codecs write; writing and reading them here allows a chunk to be made
 durable before it gets its name, and to be mapped instead of copied.
@@ -33,6 +34,9 @@ def encode(spec: ArraySpec, values: np.ndarray | list[str]) -> list[RawBytes]:
         assert values.dtype == spec.numpy_dtype, f"{spec.name}: {values.dtype} is not {spec.numpy_dtype}"
         rows = np.ascontiguousarray(values, dtype=spec.numpy_dtype).reshape(-1).view(np.uint8)
         pieces = [rows, np.zeros((spec.shard_rows - len(values)) * spec.row_bytes, np.uint8)]
+        if spec.codec is not None:
+            whole = np.concatenate(pieces) if pieces[1].size else rows
+            pieces = [spec.codec.encode(whole, spec.numpy_dtype.itemsize)]
     checksum = 0
     for piece in pieces:
         if piece.size:
@@ -41,28 +45,28 @@ def encode(spec: ArraySpec, values: np.ndarray | list[str]) -> list[RawBytes]:
 
 
 def decode(raw: RawBytes, spec: ArraySpec, shard: int, *, checksum: bool) -> np.ndarray:
-    """The rows in the bytes of a chunk, without a copy for a numeric array.
+    """The rows in the bytes of a chunk, without a copy for a numeric array that is not compressed.
 
     Args:
         raw: all bytes of the chunk.
         spec: the array.
         shard: number of the shard.
-        checksum: compare the checksum; for a numeric array this reads every byte.
+        checksum: compare the checksum, which reads every byte; it is always compared where decoding reads them anyway.
 
     Returns:
         read-only array [n, ...] of the shard's own rows (padding left out), or object [n] of strings.
 
     Raises:
-        ValueError: the length or checksum is wrong; the message says which.
+        ValueError: the length, checksum or compressed form is wrong; the message says which.
     """
     import google_crc32c
 
-    if not spec.is_text and raw.size != spec.chunk_bytes:
+    if spec.chunk_bytes is not None and raw.size != spec.chunk_bytes:
         raise ValueError(f"its chunk has {raw.size} bytes instead of {spec.chunk_bytes}")
     if raw.size < CHECKSUM_BYTES:
         raise ValueError(f"its chunk has only {raw.size} bytes")
     body = raw[:-CHECKSUM_BYTES]
-    if checksum or spec.is_text:
+    if checksum or spec.chunk_bytes is None:
         expected = int.from_bytes(raw[-CHECKSUM_BYTES:].tobytes(), "little")
         actual = google_crc32c.value(body) if body.size else 0
         if actual != expected:
@@ -70,6 +74,8 @@ def decode(raw: RawBytes, spec: ArraySpec, shard: int, *, checksum: bool) -> np.
     start, stop = spec.span(shard)
     if spec.is_text:
         return _decode_text(body, spec)[: stop - start]
+    if spec.codec is not None:
+        body = spec.codec.decode(body, spec.body_bytes)
     rows = body[: (stop - start) * spec.row_bytes].view(spec.numpy_dtype)
     return rows.reshape(stop - start, *spec.row_shape)
 
@@ -103,7 +109,7 @@ def read_chunk(location: Location, spec: ArraySpec, shard: int, *, checksum: boo
 
 def damaged(location: Location, spec: ArraySpec, shard: int, what: str) -> StoreDamagedError:
     """The error for a damaged chunk, with the way to repair it."""
-    start, stop = spec.span(shard)
+    start, stop = spec.pair_span(shard)
     mark = f"{location.name.rstrip('/')}/status/c/{shard}"
     return StoreDamagedError(
         f"{location.name}: array {spec.name}, shard {shard} (rows {start} to {stop - 1}) is damaged: {what}. "

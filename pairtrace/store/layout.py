@@ -4,20 +4,27 @@ Legend: N rows (pairs), D width, S rows per shard, L layers.
 
 Every array is chunked by shard along its rows, so one shard is one chunk of each array. The only codec after
 the little-endian bytes (or vlen-utf8 for the two string arrays) is crc32c: a numeric chunk file is S raw rows
-followed by four bytes, and can be memory-mapped. `write_empty_chunks` is on: a chunk that exists is a chunk
-that was computed, also when it holds only zeros.
+followed by four bytes, and can be memory-mapped. In a store with a codec the chunks of diff, chosen and rejected are
+compressed before their checksum. `write_empty_chunks` is on: a chunk that exists is a chunk that was computed, also
+when it holds only zeros.
+
+An int8 store holds for each of these arrays, say diff/20, the scales row_scale/diff/20 (one number per row) and
+column_scale/diff/20 (D numbers per shard, which depend on this shard's rows alone): a value is the int8 times the
+scale of its row times the scale of its column.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pairtrace.kernels.int8 import ScaledRows
+from pairtrace.store.codecs import Codec, parse_codec
 from pairtrace.store.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -26,10 +33,9 @@ if TYPE_CHECKING:
 MISSING, OK, QUARANTINED = 0, 1, 2
 PAIR_ID_BYTES = 16
 CHECKSUM_BYTES = 4
-GROUPS = ("diff", "norm", "chosen", "rejected")
 ROW_ARRAYS = ("diff", "chosen", "rejected")
 
-_ELEMENT = {"float16": "float16", "float32": "float32", "bfloat16": "uint16"}
+_ELEMENT = {"float16": "float16", "float32": "float32", "bfloat16": "uint16", "int8": "int8"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +45,12 @@ class ArraySpec:
     Attributes:
         name: path inside the group, for example "diff/20".
         dtype: zarr name of the element type; "string" for variable-length text.
-        rows: N.
-        shard_rows: S.
+        rows: N; for the scales of columns the number of shards.
+        shard_rows: S; for the scales of columns 1.
         row_shape: shape of one row: (), (3,), (16,) or (D,).
+        codec: compressor of the chunks, or None.
+        pairs: N, of which `shard_pairs` are in a shard: like `rows`, but also for the scales of columns.
+        shard_pairs: S.
     """
 
     name: str
@@ -49,6 +58,9 @@ class ArraySpec:
     rows: int
     shard_rows: int
     row_shape: tuple[int, ...] = ()
+    codec: Codec | None = None
+    pairs: int
+    shard_pairs: int
 
     @property
     def is_text(self) -> bool:
@@ -67,9 +79,14 @@ class ArraySpec:
         return self.numpy_dtype.itemsize * math.prod(self.row_shape)
 
     @property
-    def chunk_bytes(self) -> int:
-        """Size of every chunk file of a numeric array: S rows, also for the last shard, and the checksum."""
-        return self.shard_rows * self.row_bytes + CHECKSUM_BYTES
+    def body_bytes(self) -> int:
+        """Bytes of a numeric chunk before compression and checksum: S rows, also for the last shard."""
+        return self.shard_rows * self.row_bytes
+
+    @property
+    def chunk_bytes(self) -> int | None:
+        """Size of every chunk file, or None where it depends on the content: text and compressed chunks."""
+        return None if self.is_text or self.codec is not None else self.body_bytes + CHECKSUM_BYTES
 
     @property
     def shards(self) -> int:
@@ -77,9 +94,13 @@ class ArraySpec:
         return -(-self.rows // self.shard_rows)
 
     def span(self, shard: int) -> tuple[int, int]:
-        """First row of a shard and the row after its last."""
+        """First row of a shard in this array and the row after its last."""
         assert 0 <= shard < self.shards, f"shard {shard} of {self.shards}"
         return shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.rows)
+
+    def pair_span(self, shard: int) -> tuple[int, int]:
+        """First row of a shard in the data set and the row after its last; for messages."""
+        return shard * self.shard_pairs, min((shard + 1) * self.shard_pairs, self.pairs)
 
     def key(self, shard: int) -> str:
         """Path of the chunk of `shard` inside the group."""
@@ -93,6 +114,7 @@ class ArraySpec:
             serializer = {"name": "bytes"}
         else:
             serializer = {"name": "bytes", "configuration": {"endian": "little"}}
+        compressor = [] if self.codec is None else [self.codec.metadata(self.numpy_dtype.itemsize)]
         return {
             "zarr_format": 3,
             "node_type": "array",
@@ -103,17 +125,48 @@ class ArraySpec:
                 "configuration": {"chunk_shape": [self.shard_rows, *self.row_shape]},
             },
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
-            "codecs": [serializer, {"name": "crc32c"}],
+            "codecs": [serializer, *compressor, {"name": "crc32c"}],
         }
+
+
+def scale_names(name: str) -> tuple[str, str]:
+    """Names of the arrays with the scales of the rows and of the columns of an int8 array."""
+    return f"row_scale/{name}", f"column_scale/{name}"
+
+
+def is_scale(name: str) -> bool:
+    """Whether an array holds scales of int8 rows."""
+    return name.startswith(("row_scale/", "column_scale/"))
+
+
+def is_scaled(name: str, specs: Mapping[str, ArraySpec]) -> bool:
+    """Whether an array of the store `specs` holds int8 rows with scales."""
+    return scale_names(name)[0] in specs
 
 
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
     """Every array of the store, by name, `status` last."""
+    codec = parse_codec(manifest.codec)
+    shards = -(-manifest.rows // manifest.shard_rows)
 
-    def spec(name: str, dtype: str, *row_shape: int) -> ArraySpec:
+    def spec(name: str, dtype: str, *row_shape: int, codec: Codec | None = None, per_shard: bool = False) -> ArraySpec:
         return ArraySpec(
-            name=name, dtype=dtype, rows=manifest.rows, shard_rows=manifest.shard_rows, row_shape=row_shape
+            name=name,
+            dtype=dtype,
+            rows=shards if per_shard else manifest.rows,
+            shard_rows=1 if per_shard else manifest.shard_rows,
+            row_shape=row_shape,
+            codec=codec,
+            pairs=manifest.rows,
+            shard_pairs=manifest.shard_rows,
         )
+
+    def vectors(name: str) -> Iterator[ArraySpec]:
+        yield spec(name, _ELEMENT[manifest.dtype], manifest.width, codec=codec)
+        if manifest.dtype == "int8":
+            row_scale, column_scale = scale_names(name)
+            yield spec(row_scale, "float32")
+            yield spec(column_scale, "float32", manifest.width, per_shard=True)
 
     def all_specs() -> Iterator[ArraySpec]:
         yield spec("pair_id", "uint8", PAIR_ID_BYTES)
@@ -121,11 +174,11 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
         yield spec("source", "string")
         yield spec("reason", "string")
         for layer in manifest.layers:
-            yield spec(f"diff/{layer}", _ELEMENT[manifest.dtype], manifest.width)
+            yield from vectors(f"diff/{layer}")
             yield spec(f"norm/{layer}", "float32")
             if manifest.sides:
-                yield spec(f"chosen/{layer}", _ELEMENT[manifest.dtype], manifest.width)
-                yield spec(f"rejected/{layer}", _ELEMENT[manifest.dtype], manifest.width)
+                yield from vectors(f"chosen/{layer}")
+                yield from vectors(f"rejected/{layer}")
         yield spec("status", "uint8")
 
     return {one.name: one for one in all_specs()}
@@ -134,15 +187,18 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
 def create_arrays(group: zarr.Group, manifest: Manifest) -> None:
     """Create every array of an empty store, without a single chunk."""
     from zarr.codecs import BytesCodec, Crc32cCodec
+    from zarr.registry import get_codec_class
 
     for spec in array_specs(manifest).values():
+        described = [] if spec.codec is None else [spec.codec.metadata(spec.numpy_dtype.itemsize)]
+        compressor: list[Any] = [get_codec_class(one["name"]).from_dict(one) for one in described]
         group.create_array(
             spec.name,
             shape=(spec.rows, *spec.row_shape),
             chunks=(spec.shard_rows, *spec.row_shape),
             dtype=str if spec.is_text else spec.dtype,
             serializer="auto" if spec.is_text else BytesCodec(endian="little"),
-            compressors=[Crc32cCodec()],
+            compressors=[*compressor, Crc32cCodec()],
             filters=None,
             fill_value="" if spec.is_text else 0,
             config={"write_empty_chunks": True},
@@ -157,18 +213,30 @@ _BITS: dict[str, tuple[str, int, int]] = {
 }
 
 
-def nonfinite_rows(values: np.ndarray, dtype: str) -> npt.NDArray[np.bool_]:
+def nonfinite_rows(values: np.ndarray | ScaledRows, dtype: str) -> npt.NDArray[np.bool_]:
     """Which rows hold a NaN or an infinity.
 
     Args:
         values: [n, D] in the type of the store (bfloat16 as uint16).
-        dtype: the store's `dtype`.
+        dtype: the store's `dtype`; of int8 rows only the scales are looked at.
 
     Returns:
         bool [n].
     """
+    if isinstance(values, ScaledRows):
+        broken: npt.NDArray[np.bool_] = ~(np.isfinite(values.row_scale) & np.isfinite(values.column_scale).all())
+        return broken
     # Without its sign, such a number's bits are at least those of infinity: one integer maximum per row,
     # where isfinite would convert every half float.
     kind, magnitude, infinity = _BITS[dtype]
     found: npt.NDArray[np.bool_] = (values.view(kind) & magnitude).max(axis=1) >= infinity
     return found
+
+
+def to_float32(values: np.ndarray | ScaledRows) -> npt.NDArray[np.float32]:
+    """Rows in the type of a store (uint16 are the bits of bfloat16) as float32, exactly, [n, D]."""
+    if isinstance(values, ScaledRows):
+        return values.decode()
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)

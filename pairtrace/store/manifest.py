@@ -10,11 +10,13 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from pairtrace.errors import ConfigError, StoreDamagedError, StoreMismatchError, StoreSchemaError
+from pairtrace.store.codecs import NONE, parse_codec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE = (1, 2)
 ATTRIBUTE = "pairtrace"
 
-DTYPES = ("float16", "float32", "bfloat16")
+DTYPES = ("float16", "float32", "bfloat16", "int8")
 TRUNCATIONS = ("keep_start", "keep_end")
 
 # Compared in this order, so that the first difference named is the most telling one.
@@ -27,6 +29,8 @@ IDENTITY = (
     "truncation",
     "pooling",
     "dtype",
+    "converted_from",
+    "codec",
     "compute_dtype",
     "layers",
     "sides",
@@ -35,6 +39,15 @@ IDENTITY = (
     "width",
 )
 
+# What schema 1 did not have, and what its stores are in these respects.
+_SINCE_2: dict[str, Any] = {
+    "codec": NONE,
+    "split": None,
+    "chat_template": None,
+    "template_date": None,
+    "converted_from": None,
+}
+
 _ADVICE = "use another --store path for this run, or repeat the settings that the store was made with"
 
 
@@ -42,16 +55,21 @@ _ADVICE = "use another --store path for this run, or repeat the settings that th
 class Manifest:
     """Everything that decides the values in a store, and where they came from.
 
-    `created`, `versions`, `data`, `data_format`, `columns`, `model`, `attention` and `shard_rows` describe
-    the store but are not part of its identity: a resumed run keeps the store's own.
+    `created`, `versions`, `data`, `data_format`, `columns`, `split`, `chat_template`, `template_date`, `model`,
+    `attention` and `shard_rows` describe the store but are not part of its identity: a resumed run keeps the
+    store's own. (The split and the template are in the fingerprints.)
 
     Attributes:
-        schema_version: version of the on-disk layout.
+        schema_version: version of the on-disk layout: 2, or 1 for a store without codec and int8, whose manifest
+            lacks the fields that came with them.
         rows: N, rows of the data set, quarantined ones included.
         width: D, width of the residual stream.
         layers: numbers of the layers kept (blocks passed; 0 is the embedding output), ascending.
-        dtype: element type of diff, chosen and rejected: "float16", "float32" or "bfloat16" (stored as its
-            uint16 bits).
+        dtype: element type of diff, chosen and rejected: "float16", "float32", "bfloat16" (stored as its uint16
+            bits) or "int8" (scaled by row and by column of each shard).
+        codec: compression of diff, chosen and rejected: "none", or NAME:LEVEL (see `parse_codec`).
+        converted_from: dtype of the store that this one's rows were rounded from; None for rows rounded from the
+            model's own output. A conversion that changes only the codec leaves it as it is.
         sides: whether chosen and rejected are kept beside their difference.
         shard_rows: S, rows per shard. The last chunk of each array is padded to S rows on disk.
         compute_dtype: element type of the forward pass.
@@ -63,6 +81,9 @@ class Manifest:
         data: path or id of the data as it was given.
         data_format: recognised format of the data.
         columns: column names used for prompt, chosen, rejected and source (None: not there).
+        split: split of a data set that has several, as it was given.
+        chat_template: file with the chat template, as it was given; None for the tokenizer's own.
+        template_date: day (YYYY-MM-DD) given to a chat template that prints the date.
         max_length: longest sequence in tokens, None for no limit.
         truncation: which end of a long sequence is kept.
         pooling: which tokens a row is the mean of.
@@ -77,6 +98,8 @@ class Manifest:
     width: int
     layers: tuple[int, ...]
     dtype: str = "float16"
+    codec: str = NONE
+    converted_from: str | None = None
     sides: bool = False
     shard_rows: int
     compute_dtype: str
@@ -88,6 +111,9 @@ class Manifest:
     data: str
     data_format: str
     columns: dict[str, str | None] = field(default_factory=dict)
+    split: str | None = None
+    chat_template: str | None = None
+    template_date: str | None = None
     max_length: int | None
     truncation: str
     pooling: str = "mean-of-loss-tokens"
@@ -106,6 +132,15 @@ class Manifest:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
         if self.truncation not in TRUNCATIONS:
             raise ConfigError(f"truncation must be one of {', '.join(TRUNCATIONS)}, not {self.truncation!r}")
+        if self.converted_from not in (None, *DTYPES):
+            raise ConfigError(f"converted_from must be one of {', '.join(DTYPES)}, not {self.converted_from!r}")
+        parse_codec(self.codec)
+        if self.schema_version not in READABLE:
+            raise ConfigError(f"schema_version must be one of {_listed(READABLE)}, not {self.schema_version!r}")
+        if self.schema_version == 1:
+            newer = [name for name, old in _SINCE_2.items() if getattr(self, name) != old]
+            if newer or self.dtype == "int8":
+                raise ConfigError(f"schema_version 1 has no {newer[0] if newer else 'dtype int8'}")
 
     def require_same(self, expected: Manifest) -> None:
         """Check that this store holds what a run with the manifest `expected` would compute.
@@ -120,7 +155,9 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object (tuples become lists)."""
-        return {**asdict(self), "layers": list(self.layers)}
+        absent = _SINCE_2 if self.schema_version == 1 else {}
+        values = {**asdict(self), "layers": list(self.layers)}
+        return {name: value for name, value in values.items() if name not in absent}
 
     @classmethod
     def from_json(cls, value: object, where: str) -> Manifest:
@@ -137,18 +174,20 @@ class Manifest:
         if not isinstance(value, dict):
             raise StoreDamagedError(f"{where}: the manifest is not a JSON object but {type(value).__name__}")
         version = value.get("schema_version")
-        if version != SCHEMA_VERSION:
+        if type(version) is not int or version not in READABLE:
             raise StoreSchemaError(
-                f"{where} has schema version {version!r}; this pairtrace reads version {SCHEMA_VERSION}. "
+                f"{where} has schema version {version!r}; this pairtrace reads versions {_listed(READABLE)}. "
                 "Install the pairtrace release that wrote it, or extract into a new store"
             )
-        names = {f.name for f in fields(cls)}
+        names = {f.name for f in fields(cls)} - (set(_SINCE_2) if version == 1 else set())
         if names != set(value):
             missing, unknown = sorted(names - set(value)), sorted(set(value) - names)
             raise StoreDamagedError(
                 f"{where}: the manifest is damaged (missing fields {missing}, unknown fields {unknown})"
             )
         for name, kinds in _KINDS.items():
+            if name not in names:
+                continue
             item = value[name]
             # bool is a subclass of int, but True is no number of rows.
             if not isinstance(item, kinds) or (isinstance(item, bool) and bool not in kinds):
@@ -159,6 +198,10 @@ class Manifest:
             return cls(**{**value, "layers": tuple(value["layers"])})
         except ConfigError as error:
             raise StoreDamagedError(f"{where}: the manifest is damaged ({error})") from error
+
+
+def _listed(versions: tuple[int, ...]) -> str:
+    return " and ".join(map(str, versions))
 
 
 _KINDS: dict[str, tuple[type, ...]] = {
@@ -179,9 +222,11 @@ _KINDS: dict[str, tuple[type, ...]] = {
             "pooling",
             "attention",
             "created",
+            "codec",
         ),
         (str,),
     ),
+    **dict.fromkeys(("split", "chat_template", "template_date", "converted_from"), (str, type(None))),
     **dict.fromkeys(("columns", "versions"), (dict,)),
     "layers": (list,),
     "sides": (bool,),

@@ -12,14 +12,18 @@ from pairtrace.store.layout import OK, PAIR_ID_BYTES
 from pairtrace.store.manifest import Manifest
 from pairtrace.store.reader import ActivationStore
 
-_SAME = ("model_fingerprint", "width", "pooling", "dtype", "compute_dtype")
+_SAME = ("model_fingerprint", "width", "pooling", "compute_dtype")
+# A store converted from float32 was rounded from what the model gave, as any other store.
+_AS_COMPUTED = (None, "float32")
 _ADVICE = "its rows cannot be reused: leave it out of --reuse, or repeat the settings that it was made with"
 
 
 def compatible(store: Manifest, needed: Manifest) -> None:
     """Check that rows of one store are what another run would compute for the same tokens.
 
-    Tokenizer, template, truncation and data may differ: `pair_id` covers what they decide.
+    Tokenizer, template, truncation and data may differ: `pair_id` covers what they decide. So may codecs. Rows of
+    another dtype would be other numbers, and so would rows that went through another dtype: only a run of int8, which
+    rounds every copied row once more in any case, takes them.
 
     Args:
         store: manifest of the store to copy from.
@@ -32,6 +36,11 @@ def compatible(store: Manifest, needed: Manifest) -> None:
         actual, wanted = getattr(store, name), getattr(needed, name)
         if actual != wanted:
             raise StoreMismatchError(name, wanted, actual, _ADVICE)
+    if needed.dtype != "int8":
+        if store.dtype != needed.dtype:
+            raise StoreMismatchError("dtype", needed.dtype, store.dtype, _ADVICE)
+        if store.converted_from not in _AS_COMPUTED:
+            raise StoreMismatchError("converted_from", None, store.converted_from, _ADVICE)
     if not set(needed.layers) <= set(store.layers):
         raise StoreMismatchError("layers", needed.layers, store.layers, _ADVICE)
     if needed.sides and not store.sides:

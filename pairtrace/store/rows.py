@@ -1,6 +1,6 @@
 """Any rows of any array of a store, straight from its chunks as they are at this moment.
 
-Legend: D width.
+Legend: D width, S rows per shard.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from pairtrace.kernels.int8 import ScaledRows
 from pairtrace.store.chunks import damaged, find_chunk, read_chunk
-from pairtrace.store.layout import OK, QUARANTINED, ArraySpec, array_specs
+from pairtrace.store.layout import OK, QUARANTINED, ArraySpec, array_specs, is_scaled, scale_names, to_float32
 from pairtrace.store.location import Location, StorePath, open_location
 from pairtrace.store.manifest import Manifest
 from pairtrace.store.metadata import require_manifest
@@ -43,12 +44,13 @@ class RowReader:
         return cls(location, require_manifest(location))
 
     def chunk(self, name: str, shard: int, *, checksum: bool = True) -> np.ndarray:
-        """All rows of one shard of one array; a read-only view of the file on a local path.
+        """All rows of one shard of one array; a read-only view of the file on a local path, unless compressed.
 
         Args:
             name: name of the array, for example "diff/20".
             shard: number of the shard.
-            checksum: compare the checksum when this object reads the chunk for the first time.
+            checksum: compare the checksum when this object reads the chunk for the first time; that of a compressed
+                chunk is always compared.
 
         Raises:
             StoreDamagedError: the chunk is missing, has the wrong length, or (if compared) the wrong checksum.
@@ -59,6 +61,26 @@ class RowReader:
             self._checked.add((name, shard))
         return rows
 
+    def vectors(self, name: str, shard: int, *, checksum: bool = True) -> np.ndarray | ScaledRows:
+        """All rows of one shard of diff, chosen or rejected, with their scales in an int8 store.
+
+        Args:
+            name: name of the array, for example "diff/20".
+            shard: number of the shard.
+            checksum: as for `chunk`.
+
+        Returns:
+            [n, D], n <= S, in the type of the store (bfloat16 as uint16), or `ScaledRows` for int8.
+
+        Raises:
+            StoreDamagedError: a chunk is missing, has the wrong length, or (if compared) the wrong checksum.
+        """
+        values = self.chunk(name, shard, checksum=checksum)
+        if not is_scaled(name, self._specs):
+            return values
+        row_scale, column_scale = (self.chunk(scale, shard, checksum=checksum) for scale in scale_names(name))
+        return ScaledRows(values, row_scale, column_scale[0])
+
     def take(self, name: str, rows: Sequence[int] | npt.NDArray[np.int64], *, checksum: bool = True) -> np.ndarray:
         """Copy rows of one array, in the order asked for.
 
@@ -68,20 +90,25 @@ class RowReader:
             checksum: compare the checksum of each chunk that this object has not compared before.
 
         Returns:
-            [n, ...] in the type of the array; strings as objects.
+            [n, ...] in the type of the array; strings as objects; int8 rows decoded to float32.
 
         Raises:
             StoreDamagedError: a chunk is missing, has the wrong length, or (if compared) the wrong checksum.
         """
         spec = self._specs[name]
         wanted = np.asarray(rows, dtype=np.int64)
-        result = np.empty((wanted.size, *spec.row_shape), object if spec.is_text else spec.numpy_dtype)
+        scaled = is_scaled(name, self._specs)
+        dtype = object if spec.is_text else np.float32 if scaled else spec.numpy_dtype
+        result = np.empty((wanted.size, *spec.row_shape), dtype)
         shard_of = wanted // spec.shard_rows
         order = np.argsort(shard_of, kind="stable")
         shards, starts = np.unique(shard_of[order], return_index=True)
         for shard, places in zip(shards.tolist(), np.split(order, starts[1:]), strict=False):
-            chunk = self.chunk(name, shard, checksum=checksum)
-            result[places] = chunk[wanted[places] - shard * spec.shard_rows]
+            inside = wanted[places] - shard * spec.shard_rows
+            if scaled:
+                result[places] = to_float32(self.vectors(name, shard, checksum=checksum)[inside])
+            else:
+                result[places] = self.chunk(name, shard, checksum=checksum)[inside]
         return result
 
     def status(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:

@@ -8,11 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from pairtrace.store.layout import GROUPS, OK, QUARANTINED, ROW_ARRAYS, ArraySpec, array_specs, nonfinite_rows
+from pairtrace.kernels.int8 import ScaledRows
+from pairtrace.store.layout import (
+    OK,
+    QUARANTINED,
+    ROW_ARRAYS,
+    ArraySpec,
+    array_specs,
+    nonfinite_rows,
+    scale_names,
+    to_float32,
+)
 from pairtrace.store.location import Location, StorePath, open_location
 from pairtrace.store.lock import LOCK_KEY
 from pairtrace.store.manifest import Manifest
@@ -115,7 +126,7 @@ def verify(path: StorePath, progress: ProgressLike | None = None) -> VerifyRepor
     specs = array_specs(manifest)
     group = location.open_group("r")
     status = specs["status"]
-    problems = list(_foreign_keys(location, specs, manifest))
+    problems = list(_foreign_keys(location, specs))
     missing = []
     if progress is not None:
         progress.start("verify", status.shards, "shards")
@@ -137,9 +148,10 @@ def verify(path: StorePath, progress: ProgressLike | None = None) -> VerifyRepor
     )
 
 
-def _foreign_keys(location: Location, specs: dict[str, ArraySpec], manifest: Manifest) -> Iterator[Problem]:
-    groups = GROUPS if manifest.sides else GROUPS[:2]
-    known = {ZARR_JSON, LOCK_KEY, *(f"{name}/{ZARR_JSON}" for name in (*groups, *specs))}
+def _foreign_keys(location: Location, specs: dict[str, ArraySpec]) -> Iterator[Problem]:
+    # Every array, and every group on the way to one.
+    nodes = {parent.as_posix() for name in specs for parent in (PurePosixPath(name), *PurePosixPath(name).parents)}
+    known = {LOCK_KEY, *(PurePosixPath(node, ZARR_JSON).as_posix() for node in nodes)}
     known |= {spec.key(shard) for spec in specs.values() for shard in range(spec.shards)}
     for key in location.list_keys():
         if key not in known:
@@ -167,8 +179,10 @@ def _check_shard(
         except ValueError as error:
             yield Problem(array=name, shard=shard, rows=span, what=str(error))
             continue
-        if "status" in small:
-            yield from _check_vectors(name, rows, small, manifest, shard, span)
+        scales = scale_names(name) if manifest.dtype == "int8" else ()
+        if {"status", *scales} <= set(small):
+            scaled = ScaledRows(rows, small[scales[0]], small[scales[1]][0]) if scales else rows
+            yield from _check_vectors(name, scaled, small, manifest, shard, span)
 
 
 def _read(location: Location, group: zarr.Group, spec: ArraySpec, shard: int) -> np.ndarray:
@@ -180,7 +194,7 @@ def _read(location: Location, group: zarr.Group, spec: ArraySpec, shard: int) ->
     size = location.size(spec.key(shard))
     if size is None:
         raise ValueError("its chunk is missing")
-    if not spec.is_text and size != spec.chunk_bytes:
+    if spec.chunk_bytes is not None and size != spec.chunk_bytes:
         raise ValueError(f"its chunk has {size} bytes instead of {spec.chunk_bytes}")
     start, stop = spec.span(shard)
     array: Any = group[spec.name]
@@ -213,7 +227,7 @@ def _check_rows(small: dict[str, np.ndarray], shard: int, span: tuple[int, int])
 
 def _check_vectors(
     name: str,
-    rows: np.ndarray,
+    rows: np.ndarray | ScaledRows,
     small: dict[str, np.ndarray],
     manifest: Manifest,
     shard: int,
@@ -225,7 +239,9 @@ def _check_vectors(
     bad = nonfinite_rows(rows, manifest.dtype)
     yield from _row_problem(name, ok & bad, "an ok row holds NaN or infinity", shard, span)
     moved = status == QUARANTINED
-    moved[moved] = (_as_float64(rows[moved], manifest) != 0).any(axis=1)
+    # Zero itself, also among the int8 values: their scale may not hide what a quarantined row must not hold.
+    stored = rows.values if isinstance(rows, ScaledRows) else rows
+    moved[moved] = (to_float32(stored[moved]) != 0).any(axis=1)
     yield from _row_problem(name, moved, "a quarantined row is not zero", shard, span)
     norm_name = f"norm/{layer}"
     if kind != "diff" or norm_name not in small:
@@ -234,12 +250,11 @@ def _check_vectors(
     yield from _row_problem(
         norm_name, (status == QUARANTINED) & (written != 0), "a quarantined row has a norm", shard, span
     )
-    relative, tiny = _ROUNDING[manifest.dtype]
     recomputed = np.empty(len(rows))
     for start in range(0, len(rows), _NORM_ROWS):
-        wide = _as_float64(rows[start : start + _NORM_ROWS], manifest)
+        wide = to_float32(rows[start : start + _NORM_ROWS]).astype(np.float64)
         recomputed[start : start + _NORM_ROWS] = np.sqrt(np.einsum("nd,nd->n", wide, wide))
-    allowed = relative * recomputed + tiny * np.sqrt(manifest.width)
+    allowed = _allowed(rows, recomputed, manifest.dtype)
     # Written this way round, a NaN norm is a problem as well.
     differs = ok & ~bad & ~(np.abs(written - recomputed) <= allowed)
     yield from _row_problem(norm_name, differs, "the norm does not belong to the difference", shard, span)
@@ -253,7 +268,16 @@ def _row_problem(name: str, bad: np.ndarray, what: str, shard: int, span: tuple[
         yield Problem(array=name, shard=shard, rows=(first, last + 1), what=what + many)
 
 
-def _as_float64(rows: np.ndarray, manifest: Manifest) -> np.ndarray:
-    if manifest.dtype == "bfloat16":
-        rows = (rows.astype(np.uint32) << 16).view(np.float32)
-    return rows.astype(np.float64)
+def _allowed(rows: np.ndarray | ScaledRows, norms: np.ndarray, dtype: str) -> np.ndarray:
+    """By how much the norm before rounding may differ from that of the rounded row: by the norm of what was lost."""
+    if isinstance(rows, ScaledRows):
+        # A column of zeros has a scale of 1 and lost nothing.
+        columns = float(np.linalg.norm(rows.column_scale.astype(np.float64)[rows.values.any(axis=0)]))
+        # Half a step in every column; twice that, because a copied row was rounded twice.
+        absolute = rows.row_scale.astype(np.float64) * columns
+        relative = _ROUNDING["bfloat16"][0]
+    else:
+        relative, tiny = _ROUNDING[dtype]
+        absolute = np.full(len(rows), tiny * np.sqrt(rows.shape[1]))
+    allowed: np.ndarray = relative * norms + absolute
+    return allowed

@@ -16,13 +16,17 @@ from types import TracebackType
 import numpy as np
 
 from pairtrace.errors import StoreDamagedError, StoreMismatchError, StoreWriteError
+from pairtrace.kernels.int8 import ScaledRows, encode_int8
 from pairtrace.store.chunks import encode, read_chunk
 from pairtrace.store.layout import (
     MISSING,
     OK,
     QUARANTINED,
     array_specs,
+    is_scale,
+    is_scaled,
     nonfinite_rows,
+    scale_names,
 )
 from pairtrace.store.location import LocalLocation, Location, StorePath, open_location
 from pairtrace.store.lock import WriterLock
@@ -37,6 +41,8 @@ from pairtrace.store.metadata import (
 )
 
 logger = logging.getLogger(__name__)
+
+Values = np.ndarray | ScaledRows | list[str]
 
 _REASONS = {
     errno.ENOSPC: "the disk is full: free some space",
@@ -61,10 +67,11 @@ class ShardBlock:
         status: uint8 [n], 1 ok or 2 quarantined.
         reason: n strings; why a row is quarantined, "" for an ok row.
         source: n strings; where the pair comes from.
-        diff: per layer [n, D] in the type of the store (bfloat16 as its uint16 bits).
+        diff: per layer [n, D] in the type of the store (bfloat16 as its uint16 bits); for an int8 store float32, which
+            the writer rounds, or `ScaledRows`.
         norm: per layer float32 [n], norm of the difference before it was rounded.
-        chosen: per layer [n, D], or None in a store without sides.
-        rejected: per layer [n, D], or None in a store without sides.
+        chosen: per layer like `diff`, or None in a store without sides.
+        rejected: per layer like `diff`, or None in a store without sides.
     """
 
     index: int
@@ -73,10 +80,10 @@ class ShardBlock:
     status: np.ndarray
     reason: list[str]
     source: list[str]
-    diff: Mapping[int, np.ndarray]
+    diff: Mapping[int, np.ndarray | ScaledRows]
     norm: Mapping[int, np.ndarray]
-    chosen: Mapping[int, np.ndarray] | None = None
-    rejected: Mapping[int, np.ndarray] | None = None
+    chosen: Mapping[int, np.ndarray | ScaledRows] | None = None
+    rejected: Mapping[int, np.ndarray | ScaledRows] | None = None
 
 
 class StoreWriter:
@@ -182,9 +189,18 @@ class StoreWriter:
     ) -> None:
         self.close()
 
-    def _put(self, shard: int, values: Mapping[str, np.ndarray | list[str]]) -> None:
-        specs = {name: self._specs[name] for name in values}
-        objects = {spec.key(shard): encode(spec, values[name]) for name, spec in specs.items()}
+    def _put(self, shard: int, values: Mapping[str, Values]) -> None:
+        arrays: dict[str, np.ndarray | list[str]] = {}
+        for name, content in values.items():
+            if is_scaled(name, self._specs):
+                assert not isinstance(content, list)
+                rows = content if isinstance(content, ScaledRows) else encode_int8(content)
+                row_scale, column_scale = scale_names(name)
+                arrays |= {name: rows.values, row_scale: rows.row_scale, column_scale: rows.column_scale[None]}
+            else:
+                assert not isinstance(content, ScaledRows)
+                arrays[name] = content
+        objects = {(spec := self._specs[name]).key(shard): encode(spec, arrays[name]) for name in arrays}
         self._location.write(objects, durable=self._fsync)
 
     def _is_complete(self, shard: int) -> bool:
@@ -196,17 +212,17 @@ class StoreWriter:
                 raise StoreDamagedError("its mark holds rows without a status")
             for spec in self._specs.values():
                 size = self._location.size(spec.key(shard))
-                if size is None or (not spec.is_text and size != spec.chunk_bytes):
+                if size is None or spec.chunk_bytes not in (None, size):
                     raise StoreDamagedError(f"the chunk of {spec.name} is missing or has the wrong length")
         except StoreDamagedError as error:
             logger.warning("%s: shard %d is computed again: %s", self._location.name, shard, error)
             return False
         return True
 
-    def _values(self, block: ShardBlock) -> dict[str, np.ndarray | list[str]]:
-        """The block's content by array name, checked against the layout."""
+    def _values(self, block: ShardBlock) -> dict[str, Values]:
+        """The block's content by array name, checked against the layout; int8 rows not yet apart from their scales."""
         manifest = self.manifest
-        values: dict[str, np.ndarray | list[str]] = {
+        values: dict[str, Values] = {
             "pair_id": block.pair_id,
             "tokens": block.tokens,
             "status": block.status,
@@ -218,21 +234,27 @@ class StoreWriter:
         for group, layers in groups.items():
             if layers is not None:
                 values |= {f"{group}/{layer}": array for layer, array in layers.items()}
-        assert set(values) == set(self._specs), f"{sorted(values)} is not {sorted(self._specs)}"
+        expected = {name for name in self._specs if not is_scale(name)}
+        assert set(values) == expected, f"{sorted(values)} is not {sorted(expected)}"
         start, stop = self._specs["status"].span(block.index)
-        for name, spec in self._specs.items():
-            array = values[name]
-            if isinstance(array, np.ndarray):
-                assert not spec.is_text
-                assert array.dtype == spec.numpy_dtype, f"{name}: {array.dtype} is not {spec.numpy_dtype}"
-                assert array.shape == (stop - start, *spec.row_shape), f"{name}: shape {array.shape}"
+        for name, array in values.items():
+            spec = self._specs[name]
+            if spec.is_text:
+                assert len(array) == stop - start, f"{name}: {len(array)} strings"
+                continue
+            assert not isinstance(array, list)
+            assert array.shape == (stop - start, *spec.row_shape), f"{name}: shape {array.shape}"
+            if isinstance(array, ScaledRows):
+                assert is_scaled(name, self._specs), f"{name}: this is no int8 store"
             else:
-                assert spec.is_text and len(array) == stop - start, f"{name}: {len(array)} strings"
+                wanted = np.dtype(np.float32) if is_scaled(name, self._specs) else spec.numpy_dtype
+                assert array.dtype == wanted, f"{name}: {array.dtype} is not {wanted}"
         ok = block.status == OK
         assert (ok | (block.status == QUARANTINED)).all(), "every row is ok or quarantined"
         assert block.pair_id[ok].any(axis=1).all(), "an ok row has a pair_id"
+        dtype = "float32" if manifest.dtype == "int8" else manifest.dtype
         for layer in manifest.layers:
-            assert not nonfinite_rows(block.diff[layer], manifest.dtype)[ok].any(), (
+            assert not nonfinite_rows(block.diff[layer], dtype)[ok].any(), (
                 f"layer {layer}: rows that are not finite have to be quarantined"
             )
         return values

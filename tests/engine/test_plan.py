@@ -211,7 +211,7 @@ def test_real_data_without_loading_any_model(model: str, monkeypatch: pytest.Mon
     ("options", "message"),
     [
         ({"layers": ()}, "no layer"),
-        ({"dtype": "int8"}, "--dtype is 'int8'"),
+        ({"dtype": "int4"}, "--dtype is 'int4'"),
         ({"sample": 1}, "at least 2"),
         ({"mfu": 0.0}, "--utilisation is 0"),
         ({"mfu": 1.1}, "--utilisation is 1.1"),

@@ -16,6 +16,7 @@ from pairtrace.store.writer import ShardBlock, StoreWriter
 GOLDEN = Path(__file__).parent / "acts.zarr"
 
 MANIFEST = Manifest(
+    schema_version=1,
     rows=3,
     width=4,
     layers=(7,),

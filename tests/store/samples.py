@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from pairtrace.kernels.int8 import encode_int8
 from pairtrace.store.lock import LOCK_KEY
 from pairtrace.store.manifest import Manifest
 from pairtrace.store.writer import ShardBlock, StoreWriter
@@ -40,6 +41,8 @@ def make_manifest(**changes: Any) -> Manifest:
 
 def cast(values: np.ndarray, dtype: str) -> np.ndarray:
     """float32 to the store's type; bfloat16 by rounding to nearest even on the bits."""
+    if dtype == "int8":  # the writer rounds
+        return values
     if dtype != "bfloat16":
         return values.astype(ELEMENT[dtype])
     bits = values.astype(np.float32).view(np.uint32).astype(np.uint64)
@@ -115,7 +118,13 @@ def expected_arrays(manifest: Manifest, seed: int = 0) -> dict[str, Any]:
     for group in ("diff", "norm", "chosen", "rejected"):
         if getattr(blocks[0], group) is not None:
             for layer in manifest.layers:
-                arrays[f"{group}/{layer}"] = np.concatenate([getattr(b, group)[layer] for b in blocks])
+                parts = [getattr(block, group)[layer] for block in blocks]
+                if manifest.dtype == "int8" and group != "norm":
+                    scaled = [encode_int8(part) for part in parts]
+                    arrays[f"row_scale/{group}/{layer}"] = np.concatenate([part.row_scale for part in scaled])
+                    arrays[f"column_scale/{group}/{layer}"] = np.stack([part.column_scale for part in scaled])
+                    parts = [part.values for part in scaled]
+                arrays[f"{group}/{layer}"] = np.concatenate(parts)
     return arrays
 
 

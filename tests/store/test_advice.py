@@ -43,6 +43,8 @@ def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> ExtractConfig:
         {"max_length": None},
         {"max_length": 77},
         {"dtype": "bfloat16", "compute_dtype": "bfloat16"},
+        {"dtype": "int8", "codec": "blosc-lz4:5"},
+        {"split": "train", "chat_template": "my template.jinja", "template_date": "2026-01-31"},
         {"sides": True, "limit": 10, "layers": (0, 31)},
         {"data": "my data/it's here.jsonl", "model": "a b/c"},
         {"data_format": "ultrafeedback", "columns": dict.fromkeys(("prompt", "source")) | {"chosen": "a b"}},
@@ -51,7 +53,8 @@ def parse(command: str, monkeypatch: pytest.MonkeyPatch) -> ExtractConfig:
 def test_every_setting_comes_back(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = make_manifest(**changes)
     config = parse(resume_command(manifest, "my acts.zarr"), monkeypatch)
-    for name in ("data", "model", "layers", "dtype", "sides", "max_length", "truncation", "compute_dtype", "limit"):
+    same = ("data", "model", "layers", "dtype", "codec", "sides", "max_length", "truncation", "compute_dtype", "limit")
+    for name in (*same, "split", "chat_template", "template_date"):
         assert getattr(config, name) == getattr(manifest, name), name
     assert (config.store, config.format) == ("my acts.zarr", manifest.data_format)
     for name in ("prompt", "chosen", "rejected", "source"):
@@ -85,6 +88,17 @@ def test_the_data_is_read_alike(kind: str, tmp_path: Path, monkeypatch: pytest.M
 
 def test_what_a_store_does_not_record_is_said() -> None:
     advice = resume_advice(make_manifest(), "acts.zarr")
-    for option in ("--split", "--chat-template"):
-        assert option in advice and option not in resume_command(make_manifest(), "acts.zarr")
-    assert not {"split", "chat_template", "reuse"} & set(Manifest.__dataclass_fields__)
+    assert "--reuse" in advice and "--reuse" not in resume_command(make_manifest(), "acts.zarr")
+    assert "--split" not in advice
+    older = resume_advice(make_manifest(schema_version=1), "acts.zarr")
+    for option in ("--split", "--chat-template", "--template-date", "--reuse"):
+        assert option in older
+    assert "reuse" not in Manifest.__dataclass_fields__
+
+
+def test_a_converted_store_is_converted_again() -> None:
+    manifest = make_manifest(dtype="int8", codec="zstd:3", converted_from="float16")
+    assert resume_advice(manifest, "a b.zarr") == (
+        "Convert them by running the same conversion again: "
+        "pairtrace store convert SOURCE_STORE 'a b.zarr' --dtype int8 --codec zstd:3"
+    )

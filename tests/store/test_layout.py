@@ -12,10 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairtrace.store.chunks import decode, encode
+from pairtrace.store.codecs import parse_codec
 from pairtrace.store.layout import ArraySpec, array_specs, nonfinite_rows
 from tests.store.samples import cast, expected_arrays, make_block, make_manifest, shard_count, write_store
 
 DTYPES = ["float16", "float32", "bfloat16"]
+STORES = [
+    *((dtype, "none") for dtype in (*DTYPES, "int8")),
+    ("float16", "zstd:3"),
+    ("bfloat16", "blosc-zstd:1"),
+    ("int8", "blosc-lz4:9"),
+    ("float32", "blosc-lz4:1"),
+]
 
 
 def crc32c(data: bytes) -> int:
@@ -28,10 +36,10 @@ def crc32c(data: bytes) -> int:
     return crc ^ 0xFFFFFFFF
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dtype", "codec"), STORES)
 @pytest.mark.parametrize("sides", [False, True])
-def test_zarr_alone_reads_every_array(tmp_path: Path, dtype: str, sides: bool) -> None:
-    manifest = make_manifest(dtype=dtype, sides=sides)
+def test_zarr_alone_reads_every_array(tmp_path: Path, dtype: str, codec: str, sides: bool) -> None:
+    manifest = make_manifest(dtype=dtype, sides=sides, codec=codec)
     write_store(tmp_path / "acts.zarr", manifest)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the lock file must not make a group listing complain
@@ -61,8 +69,9 @@ def test_a_chunk_file_is_the_rows_then_their_checksum(tmp_path: Path) -> None:
         assert file.read_bytes() == raw + crc32c(raw).to_bytes(4, "little")
 
 
-def test_the_array_metadata_on_disk_is_the_one_described(tmp_path: Path) -> None:
-    manifest = make_manifest(sides=True)
+@pytest.mark.parametrize(("dtype", "codec"), STORES)
+def test_the_array_metadata_on_disk_is_the_one_described(tmp_path: Path, dtype: str, codec: str) -> None:
+    manifest = make_manifest(sides=True, dtype=dtype, codec=codec)
     write_store(tmp_path, manifest, [])
     for name, spec in array_specs(manifest).items():
         actual = json.loads((tmp_path / name / "zarr.json").read_text())
@@ -78,27 +87,40 @@ def test_the_array_metadata_on_disk_is_the_one_described(tmp_path: Path) -> None
 
 @settings(max_examples=40, deadline=None)
 @given(
-    dtype=st.sampled_from(["float16", "float32", "uint16", "uint8", "int32", "string"]),
+    dtype=st.sampled_from(["float16", "float32", "uint16", "uint8", "int8", "int32", "string"]),
+    codec=st.sampled_from(["none", "zstd:1", "zstd:19", "blosc-lz4:5", "blosc-zstd:3"]),
     rows=st.integers(1, 9),
     shard_rows=st.integers(1, 12),
     width=st.sampled_from([None, 1, 3]),
     seed=st.integers(0, 1000),
 )
 def test_chunk_bytes_equal_those_that_zarr_writes(
-    dtype: str, rows: int, shard_rows: int, width: int | None, seed: int
+    dtype: str, codec: str, rows: int, shard_rows: int, width: int | None, seed: int
 ) -> None:
     """Our encoder is the fast path; zarr's array assignment is the general one."""
     rng = np.random.default_rng(seed)
     text = dtype == "string"
     shape = () if width is None or text else (width,)
-    spec = ArraySpec(name="x", dtype=dtype, rows=rows, shard_rows=shard_rows, row_shape=shape)
+    compressor = None if text else parse_codec(codec)
+    spec = ArraySpec(
+        name="x",
+        dtype=dtype,
+        rows=rows,
+        shard_rows=shard_rows,
+        row_shape=shape,
+        codec=compressor,
+        pairs=rows,
+        shard_pairs=shard_rows,
+    )
+    theirs = {"zstd": zarr.codecs.ZstdCodec, "blosc": zarr.codecs.BloscCodec}
+    described = [] if compressor is None else [compressor.metadata(spec.numpy_dtype.itemsize)]
     store = zarr.storage.MemoryStore()
     array = zarr.create_group(store).create_array(
         "x",
         shape=(rows, *shape),
         chunks=(shard_rows, *shape),
         dtype=str if text else dtype,
-        compressors=[zarr.codecs.Crc32cCodec()],
+        compressors=[*(theirs[one["name"]](**one["configuration"]) for one in described), zarr.codecs.Crc32cCodec()],
         filters=None,
         fill_value="" if text else 0,
         config={"write_empty_chunks": True},

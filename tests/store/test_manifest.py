@@ -21,6 +21,8 @@ OTHER: dict[str, Any] = {
     "truncation": "keep_end",
     "pooling": "last-token",
     "dtype": "float32",
+    "codec": "zstd:3",
+    "converted_from": "float32",
     "compute_dtype": "bfloat16",
     "layers": (2,),
     "sides": True,
@@ -54,6 +56,9 @@ def test_description_is_no_identity() -> None:
         "model": "other name",
         "attention": "x",
         "columns": {},
+        "split": "train",
+        "chat_template": "a.jinja",
+        "template_date": "2026-01-01",
         "data_format": "x",
         "shard_rows": 7,
     }
@@ -72,7 +77,12 @@ def test_description_is_no_identity() -> None:
         {"layers": (5, 2)},
         {"layers": (2, 2)},
         {"layers": (-1,)},
-        {"dtype": "int8"},
+        {"dtype": "int4"},
+        {"codec": "gzip"},
+        {"converted_from": "int4"},
+        {"schema_version": 3},
+        {"schema_version": 1, "dtype": "int8"},
+        {"schema_version": 1, "codec": "zstd:3"},
         {"truncation": "middle"},
     ],
 )
@@ -81,15 +91,15 @@ def test_values_out_of_range_are_refused(changes: dict[str, Any]) -> None:
         make_manifest(**changes)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 3, "1", True, None])
 def test_another_schema_version(version: object) -> None:
-    with pytest.raises(StoreSchemaError, match=f"schema version {version!r}.*reads version 1"):
+    with pytest.raises(StoreSchemaError, match=f"schema version {version!r}.*reads versions 1 and 2"):
         Manifest.from_json({**make_manifest().to_json(), "schema_version": version}, "acts.zarr")
 
 
 def test_unknown_fields_of_another_schema_are_a_schema_error() -> None:
     with pytest.raises(StoreSchemaError):
-        Manifest.from_json({"schema_version": 2, "novelty": 1}, "acts.zarr")
+        Manifest.from_json({"schema_version": 3, "novelty": 1}, "acts.zarr")
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Manifest) if f.name != "schema_version"])
@@ -99,6 +109,21 @@ def test_damaged_fields(field: str) -> None:
         Manifest.from_json({key: value for key, value in whole.items() if key != field}, "acts.zarr")
     with pytest.raises(StoreDamagedError, match=field):
         Manifest.from_json({**whole, field: 1.5}, "acts.zarr")
+
+
+def test_schema_1_is_what_it_was() -> None:
+    """Neither more fields than its readers know, nor any that they would miss."""
+    newer = {"codec", "split", "chat_template", "template_date", "converted_from"}
+    old, new = make_manifest(schema_version=1), make_manifest()
+    assert set(new.to_json()) - set(old.to_json()) == newer
+    assert Manifest.from_json(old.to_json(), "s") == old
+    old.require_same(new)
+    with pytest.raises(StoreMismatchError, match="codec is 'none', but 'zstd:3' is needed"):
+        old.require_same(make_manifest(codec="zstd:3"))
+    with pytest.raises(StoreDamagedError, match="unknown fields"):
+        Manifest.from_json({**old.to_json(), "codec": "none"}, "s")
+    with pytest.raises(StoreDamagedError, match="no dtype int8"):
+        Manifest.from_json({**old.to_json(), "dtype": "int8"}, "s")
 
 
 @pytest.mark.parametrize("value", [None, [], "text", 3])

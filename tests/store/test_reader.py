@@ -361,8 +361,8 @@ def test_a_manifest_that_cannot_be_read(root: Path) -> None:
     (root / "zarr.json").write_bytes(whole.replace(b'"width"', b'"widht"'))
     with pytest.raises(StoreDamagedError, match=r"missing fields .'width'.*unknown fields .'widht'"):
         ActivationStore.open(root)
-    (root / "zarr.json").write_bytes(whole.replace(b'"schema_version": 1', b'"schema_version": 2'))
-    with pytest.raises(StoreSchemaError, match="version 2"):
+    (root / "zarr.json").write_bytes(whole.replace(b'"schema_version": 2', b'"schema_version": 3'))
+    with pytest.raises(StoreSchemaError, match="version 3"):
         ActivationStore.open(root)
 
 

@@ -63,7 +63,7 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
     write_store(tmp_path, make_manifest(), [0])
     path = tmp_path / "zarr.json"
     value = json.loads(path.read_text())
-    value["attributes"]["pairtrace"]["schema_version"] = 2
+    value["attributes"]["pairtrace"]["schema_version"] = 3
     path.write_text(json.dumps(value))
     with pytest.raises(StoreSchemaError):
         StoreWriter.create_or_resume(tmp_path, make_manifest())
