@@ -94,6 +94,7 @@ class PairSource:
 
     Attributes:
         rows: number of rows, at most the limit.
+        available: number of rows, whatever the limit.
         format: name of the format.
         columns: column read for `prompt`, `chosen`, `rejected` and `source`; `None` where there is none.
     """
@@ -104,9 +105,9 @@ class PairSource:
         for table in tables:
             self._starts.append(self._starts[-1] + table.rows)
         self._format = row_format
-        self._available = self._starts[-1]
+        self.available = self._starts[-1]
         self._fingerprint: str | None = None
-        self.rows = self._available if limit is None else min(limit, self._available)
+        self.rows = self.available if limit is None else min(limit, self.available)
         self.format = row_format.name
         self.columns = row_format.columns
 
@@ -130,8 +131,8 @@ class PairSource:
     def describe(self) -> str:
         """One line that says what was recognised."""
         rows = f"{self.rows:,} rows"
-        if self.rows < self._available:
-            rows = f"first {self.rows:,} of {self._available:,} rows"
+        if self.rows < self.available:
+            rows = f"first {self.rows:,} of {self.available:,} rows"
         sides = ", ".join(name for name in (self._format.prompt, self._format.chosen, self._format.rejected) if name)
         if self._format.source is not None:
             source = f"source column {self._format.source}"
