@@ -6,10 +6,14 @@ import argparse
 import json
 import os
 import platform
+import shutil
+import signal
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,7 +22,10 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
-LIBRARIES = ("pairtrace", "torch", "transformers", "numpy", "numba", "zarr", "pyarrow")
+LIBRARIES = (
+    "pairtrace", "torch", "transformers", "numpy", "numba", "zarr", "numcodecs", "google-crc32c", "pyarrow",
+    "safetensors", "numkong", "faiss-cpu", "h5py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +40,14 @@ class Timing:
     @classmethod
     def of(cls, runs: list[float]) -> Timing:
         return cls(median=statistics.median(runs), lowest=min(runs), highest=max(runs), runs=tuple(runs))
+
+    def over(self, other: Timing) -> float:
+        """How many times as long as `other`: the median over the rounds, each compared with its neighbour in time."""
+        return statistics.median(mine / theirs for mine, theirs in zip(self.runs, other.runs, strict=True))
+
+    def less(self, other: Timing) -> Timing:
+        """What remains when the other's seconds are taken off, round by round."""
+        return Timing.of([mine - theirs for mine, theirs in zip(self.runs, other.runs, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,25 +64,61 @@ def at_least(name: str, value: float, target: float) -> Claim:
     return Claim(name=name, value=value, target=target, holds=value >= target)
 
 
+def at_most(name: str, value: float, target: float) -> Claim:
+    return Claim(name=name, value=value, target=target, holds=value <= target)
+
+
 def interleave(
     competitors: Mapping[str, Callable[[], object]],
     repeats: int,
     *,
     clock: Callable[[], float] = time.perf_counter,
     warm_up: int = 1,
+    pause: float = 0.0,
 ) -> dict[str, Timing]:
-    """Run all competitors in turn, `repeats` times over, so that a change of the machine's mood meets all alike."""
+    """Run all competitors in turn, `repeats` times over, so that a change of the machine's mood meets all alike.
+
+    `pause` seconds before each run let the threads of the one before go to sleep.
+    """
     for _ in range(warm_up):
         for run in competitors.values():
             run()
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for number in range(repeats):
         for name, run in competitors.items():
+            time.sleep(pause)
             begun = clock()
             run()
             seconds[name].append(clock() - begun)
-            print(f"  round {number + 1}/{repeats}  {name}: {seconds[name][-1]:.3f} s", file=sys.stderr, flush=True)
+            say(f"  round {number + 1}/{repeats}  {name}: {seconds[name][-1]:.3f} s")
     return {name: Timing.of(runs) for name, runs in seconds.items()}
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def workspace(folder: Path | None, need: int) -> Iterator[Path]:
+    """A directory for `need` bytes of temporary data, removed at the end.
+
+    Args:
+        folder: where to make it; None takes the system's place for temporary files.
+        need: bytes; the benchmark stops with a message where less is free.
+    """
+    place = folder or Path(tempfile.gettempdir())
+    place.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(place).free
+    if free < need * 1.1:
+        sys.exit(
+            f"{place} has {free / 1e9:.1f} GB free and this benchmark needs {need * 1.1 / 1e9:.1f} GB: "
+            "free some space or name another place with --dir"
+        )
+    # So that a terminated run cleans up as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory(prefix="pairtrace-bench-", dir=place) as made:
+        yield Path(made)
 
 
 def hardware() -> dict[str, Any]:
