@@ -2,28 +2,35 @@
 
 Legend: N rows (pairs), D width, S rows per shard.
 
-On a local path rows are mapped, not copied. The length of a chunk is checked before any of its rows is
-handed out; its checksum is compared the first time `blocks` reaches it (and `take`, where it is asked to).
+On a local path rows that are not compressed are mapped, not copied, and the disk is asked for the next shards while one
+is worked on; other shards are fetched and decoded ahead in threads. The length of a chunk is checked before any of its
+rows is handed out; its checksum is compared the first time `blocks` reaches it (and `take`, where it is asked to).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from pairtrace.errors import ConfigError, LayerError, StoreIncompleteError
+from pairtrace.kernels.int8 import ScaledRows
 from pairtrace.store.advice import resume_advice
 from pairtrace.store.chunks import read_chunk
 from pairtrace.store.layout import MISSING, OK, QUARANTINED, ROW_ARRAYS, ArraySpec, array_specs
-from pairtrace.store.location import Location, StorePath, open_location
+from pairtrace.store.location import LocalLocation, Location, StorePath, open_location
 from pairtrace.store.lock import LOCK_KEY
 from pairtrace.store.manifest import Manifest
 from pairtrace.store.metadata import require_manifest
+from pairtrace.store.read_ahead import ahead
 from pairtrace.store.rows import RowReader, read_mark
+
+# Requests for small objects that an object store answers at the same time.
+_REMOTE_REQUESTS = 16
 
 
 class StoreSummary(TypedDict):
@@ -149,8 +156,14 @@ class ActivationStore:
         return self._gather(f"norm/{layer}", np.nan)
 
     def blocks(
-        self, layer: int, array: str = "diff", block_rows: int | None = None, *, checksum: bool = True
-    ) -> Iterator[tuple[int, np.ndarray]]:
+        self,
+        layer: int,
+        array: str = "diff",
+        block_rows: int | None = None,
+        *,
+        checksum: bool = True,
+        read_ahead: int = 2,
+    ) -> Iterator[tuple[int, np.ndarray | ScaledRows]]:
         """Go through the rows of one layer in order, shard by shard.
 
         Quarantined rows are part of the blocks and hold zeros; missing shards (of an incomplete store) are
@@ -161,22 +174,28 @@ class ActivationStore:
             layer: a layer of the store.
             array: "diff", or "chosen" or "rejected" in a store with sides.
             block_rows: largest number of rows in a block; None for whole shards.
-            checksum: compare the checksum of a shard when this object reads it for the first time.
+            checksum: compare the checksum of a shard when this object reads it for the first time; that of a
+                compressed shard is always compared.
+            read_ahead: shards to read ahead. Of a store that is compressed or not on a local path, so many are in
+                memory besides the one handed out, and so many threads fetch and decode them.
 
         Yields:
-            first row, and rows [n, D] in the type of the store (bfloat16 as uint16): a read-only, contiguous
-            view of the file on a local path.
+            first row, and rows [n, D] in the type of the store (bfloat16 as uint16; int8 with its scales): a
+            read-only, contiguous view of the file on a local path, unless compressed.
 
         Raises:
             LayerError: the layer is not in the store.
             ConfigError: the array is not in the store.
-            StoreDamagedError: a chunk is missing, truncated, or differs from its checksum.
+            StoreDamagedError: a chunk is missing, truncated, or differs from its checksum; raised when the iterator
+                reaches it, whatever was read ahead.
         """
         spec = self._row_spec(layer, array)
         step = spec.shard_rows if block_rows is None else block_rows
         if step < 1:
             raise ConfigError(f"block_rows must be at least 1, not {block_rows}")
-        return self._iterate(spec, step, checksum)
+        if read_ahead < 0:
+            raise ConfigError(f"read_ahead must not be negative, but is {read_ahead}")
+        return self._iterate(spec, step, checksum, read_ahead)
 
     def take(
         self, layer: int, rows: Sequence[int] | np.ndarray, array: str = "diff", *, checksum: bool = False
@@ -215,12 +234,33 @@ class ActivationStore:
             )
         return self._reader.take(spec.name, wanted, checksum=checksum)
 
-    def _iterate(self, spec: ArraySpec, step: int, checksum: bool) -> Iterator[tuple[int, np.ndarray]]:
-        for shard in self._finished_shards():
-            chunk = self._reader.chunk(spec.name, shard, checksum=checksum)
-            start = spec.span(shard)[0]
-            for offset in range(0, len(chunk), step):
-                yield start + offset, chunk[offset : offset + step]
+    def _iterate(
+        self, spec: ArraySpec, step: int, checksum: bool, read_ahead: int
+    ) -> Iterator[tuple[int, np.ndarray | ScaledRows]]:
+        with closing(self._shards(spec, checksum, read_ahead)) as shards:
+            for shard, rows in shards:
+                start = spec.span(shard)[0]
+                for offset in range(0, len(rows), step):
+                    yield start + offset, rows[offset : offset + step]
+                del rows  # the next shard is loaded while this generator would keep it alive
+
+    def _shards(
+        self, spec: ArraySpec, checksum: bool, read_ahead: int
+    ) -> Generator[tuple[int, np.ndarray | ScaledRows]]:
+        def load(shard: int) -> np.ndarray | ScaledRows:
+            return self._reader.vectors(spec.name, shard, checksum=checksum)
+
+        if spec.codec is not None or not isinstance(self._location, LocalLocation):
+            yield from ahead(self._finished_shards(), load, count=read_ahead, threads=read_ahead)
+            return
+
+        def ask_for(shard: int) -> None:
+            self._location.prefetch(spec.key(shard))
+
+        for shard, _ in ahead(self._finished_shards(), ask_for, count=read_ahead, threads=1):
+            # The checksum is compared here, not ahead: what it has read is still in the processor's cache when the
+            # consumer reads it.
+            yield shard, load(shard)
 
     def _finished_shards(self) -> list[int]:
         spec = self._specs["status"]
@@ -231,10 +271,20 @@ class ActivationStore:
         spec = self._specs[name]
         shape = (spec.rows, *spec.row_shape)
         result = np.full(shape, fill, dtype=object if spec.is_text else spec.numpy_dtype)
-        for shard in self._finished_shards():
+        for shard, values in self._small_chunks(spec):
             start, stop = spec.span(shard)
-            result[start:stop] = read_chunk(self._location, spec, shard)
+            result[start:stop] = values
         return result
+
+    def _small_chunks(self, spec: ArraySpec) -> Iterator[tuple[int, np.ndarray]]:
+        """The chunks of a small array in order; those of an object store are waited for side by side."""
+        count = 0 if isinstance(self._location, LocalLocation) else _REMOTE_REQUESTS
+        return ahead(
+            self._finished_shards(),
+            lambda shard: read_chunk(self._location, spec, shard),
+            count=count,
+            threads=_REMOTE_REQUESTS,
+        )
 
     def _check_layer(self, layer: int) -> None:
         if layer not in self.layers:
