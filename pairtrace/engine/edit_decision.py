@@ -13,7 +13,6 @@ import pyarrow as pa
 
 from pairtrace.engine.edit_config import EditConfig, SourceChange
 from pairtrace.engine.intervals import wilson_interval
-from pairtrace.engine.null_scores import random_tail
 from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import Progress
 from pairtrace.engine.scores_table import ScoresTable
@@ -107,8 +106,11 @@ def decide(
     groups = ranked.sources if config.by is None else _column(source, config.by, count)
     selection = None
     if config.rule is not None:
-        by_chance = config.rule.fdr is not None and config.rule.null == "random"
-        tail = random_tail(table, behavior, config.store, config.seed, progress) if by_chance else None
+        tail = None
+        if config.rule.fdr is not None and config.rule.null == "random":
+            from pairtrace.engine.null_scores import random_tail
+
+            tail = random_tail(table, behavior, config.store, config.seed, progress)
         selection = select(config.rule, ranked.scores, ranked.ranks, tail)
     change = np.full(count, KEEP, np.uint8)
     dropped: tuple[str, ...] = ()
