@@ -20,18 +20,32 @@ def parallel(function: Callable[..., Any]) -> Any:
 
     The interpreter's lock is released while the kernel runs: other Python threads (readers, writers) go on.
     """
+    return _compiled(function, parallel=True)
+
+
+def single_threaded(function: Callable[..., Any]) -> Any:
+    """Compile for the calling thread alone, otherwise as `parallel`; several threads may call it at once."""
+    return _compiled(function, parallel=False)
+
+
+def _compiled(function: Callable[..., Any], *, parallel: bool) -> Any:
     try:
-        return numba.njit(parallel=True, nogil=True, cache=True)(function)
+        return numba.njit(parallel=parallel, nogil=True, cache=True)(function)
     except RuntimeError as error:  # "no locator available": neither the package nor the user cache is writable
         logger.debug("compiled kernels are not cached: %s", error)
-        return numba.njit(parallel=True, nogil=True)(function)
+        return numba.njit(parallel=parallel, nogil=True)(function)
 
 
 def run(kernel: Any, *arguments: Any) -> Any:
     """Call a kernel made by `parallel`; calls from several Python threads wait for each other."""
     with _PARALLEL_REGION:
-        try:
-            return kernel(*arguments)
-        except OSError as error:  # the cache could not be written (full disk); the compiled code is there all the same
-            logger.debug("compiled kernels are not cached: %s", error)
-            return kernel(*arguments)
+        return call(kernel, *arguments)
+
+
+def call(kernel: Any, *arguments: Any) -> Any:
+    """Call a kernel made by `single_threaded`; several Python threads may do so at once."""
+    try:
+        return kernel(*arguments)
+    except OSError as error:  # the cache could not be written (full disk); the compiled code is there all the same
+        logger.debug("compiled kernels are not cached: %s", error)
+        return kernel(*arguments)

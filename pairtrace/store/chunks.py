@@ -12,8 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pairtrace.errors import StoreDamagedError
+from pairtrace.kernels.checksum import crc32c
+from pairtrace.kernels.strings import split_strings
 from pairtrace.store.layout import CHECKSUM_BYTES, ArraySpec
 from pairtrace.store.location import Location, RawBytes
 
@@ -59,18 +62,7 @@ def decode(raw: RawBytes, spec: ArraySpec, shard: int, *, checksum: bool) -> np.
     Raises:
         ValueError: the length, checksum or compressed form is wrong; the message says which.
     """
-    import google_crc32c
-
-    if spec.chunk_bytes is not None and raw.size != spec.chunk_bytes:
-        raise ValueError(f"its chunk has {raw.size} bytes instead of {spec.chunk_bytes}")
-    if raw.size < CHECKSUM_BYTES:
-        raise ValueError(f"its chunk has only {raw.size} bytes")
-    body = raw[:-CHECKSUM_BYTES]
-    if checksum or spec.chunk_bytes is None:
-        expected = int.from_bytes(raw[-CHECKSUM_BYTES:].tobytes(), "little")
-        actual = google_crc32c.value(body) if body.size else 0
-        if actual != expected:
-            raise ValueError(f"its checksum is {actual:08x} where {expected:08x} was written")
+    body = _body(raw, spec, checksum=checksum)
     start, stop = spec.span(shard)
     if spec.is_text:
         return _decode_text(body, spec)[: stop - start]
@@ -78,6 +70,21 @@ def decode(raw: RawBytes, spec: ArraySpec, shard: int, *, checksum: bool) -> np.
         body = spec.codec.decode(body, spec.body_bytes)
     rows = body[: (stop - start) * spec.row_bytes].view(spec.numpy_dtype)
     return rows.reshape(stop - start, *spec.row_shape)
+
+
+def _body(raw: RawBytes, spec: ArraySpec, *, checksum: bool) -> RawBytes:
+    """The bytes before the checksum, once length and checksum are what they should be; ValueError where not."""
+    if spec.chunk_bytes is not None and raw.size != spec.chunk_bytes:
+        raise ValueError(f"its chunk has {raw.size} bytes instead of {spec.chunk_bytes}")
+    if raw.size < CHECKSUM_BYTES:
+        raise ValueError(f"its chunk has only {raw.size} bytes")
+    body = raw[:-CHECKSUM_BYTES]
+    if checksum or spec.chunk_bytes is None:
+        expected = int.from_bytes(raw[-CHECKSUM_BYTES:].tobytes(), "little")
+        actual = crc32c(body)
+        if actual != expected:
+            raise ValueError(f"its checksum is {actual:08x} where {expected:08x} was written")
+    return body
 
 
 def find_chunk(location: Location, spec: ArraySpec, shard: int, *, checksum: bool = True) -> np.ndarray | None:
@@ -105,6 +112,28 @@ def read_chunk(location: Location, spec: ArraySpec, shard: int, *, checksum: boo
     if rows is None:
         raise damaged(location, spec, shard, "its chunk is missing")
     return rows
+
+
+def read_strings(
+    location: Location, spec: ArraySpec, shard: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+    """The strings of one shard of a text array, without a Python object for each.
+
+    Returns:
+        offsets int64 [n + 1] and their UTF-8 bytes, as `kernels.strings.split_strings` gives them.
+
+    Raises:
+        StoreDamagedError: the chunk is missing, has the wrong content, or the wrong checksum.
+    """
+    raw = location.read(spec.key(shard))
+    if raw is None:
+        raise damaged(location, spec, shard, "its chunk is missing")
+    try:
+        offsets, data = split_strings(_body(raw, spec, checksum=True), spec.shard_rows)
+    except ValueError as error:
+        raise damaged(location, spec, shard, str(error)) from error
+    start, stop = spec.span(shard)
+    return offsets[: stop - start + 1], data[: offsets[stop - start]]
 
 
 def damaged(location: Location, spec: ArraySpec, shard: int, what: str) -> StoreDamagedError:

@@ -10,9 +10,9 @@ rows is handed out; its checksum is compared the first time `blocks` reaches it 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pairtrace.errors import ConfigError, LayerError, StoreIncompleteError
 from pairtrace.kernels.int8 import ScaledRows
 from pairtrace.store.advice import resume_advice
-from pairtrace.store.chunks import read_chunk
+from pairtrace.store.chunks import read_chunk, read_strings
 from pairtrace.store.layout import MISSING, OK, QUARANTINED, ROW_ARRAYS, ArraySpec, array_specs
 from pairtrace.store.location import LocalLocation, Location, StorePath, open_location
 from pairtrace.store.lock import LOCK_KEY
@@ -28,6 +28,8 @@ from pairtrace.store.manifest import Manifest
 from pairtrace.store.metadata import require_manifest
 from pairtrace.store.read_ahead import ahead
 from pairtrace.store.rows import RowReader, read_mark
+
+Chunk = TypeVar("Chunk")
 
 # Requests for small objects that an object store answers at the same time.
 _REMOTE_REQUESTS = 16
@@ -140,6 +142,20 @@ class ActivationStore:
     def sources(self) -> np.ndarray:
         """Object [N] of strings; "" for missing rows."""
         return self._gather("source", "")
+
+    def source_strings(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
+        """The sources without a Python object for each, "" for missing rows.
+
+        Returns:
+            offsets int64 [N + 1] and UTF-8 bytes: source i is `data[offsets[i] : offsets[i + 1]]`.
+        """
+        spec = self._specs["source"]
+        lengths, pieces = np.zeros(spec.rows, np.int64), [np.empty(0, np.uint8)]
+        for shard, (offsets, data) in self._small_chunks(spec, read_strings):
+            start, stop = spec.span(shard)
+            lengths[start:stop] = np.diff(offsets)
+            pieces.append(data)
+        return np.concatenate([[0], np.cumsum(lengths)]), np.concatenate(pieces)
 
     def reasons(self) -> np.ndarray:
         """Object [N] of strings; "" for rows that are not quarantined."""
@@ -271,17 +287,19 @@ class ActivationStore:
         spec = self._specs[name]
         shape = (spec.rows, *spec.row_shape)
         result = np.full(shape, fill, dtype=object if spec.is_text else spec.numpy_dtype)
-        for shard, values in self._small_chunks(spec):
+        for shard, values in self._small_chunks(spec, read_chunk):
             start, stop = spec.span(shard)
             result[start:stop] = values
         return result
 
-    def _small_chunks(self, spec: ArraySpec) -> Iterator[tuple[int, np.ndarray]]:
+    def _small_chunks(
+        self, spec: ArraySpec, read: Callable[[Location, ArraySpec, int], Chunk]
+    ) -> Iterator[tuple[int, Chunk]]:
         """The chunks of a small array in order; those of an object store are waited for side by side."""
         count = 0 if isinstance(self._location, LocalLocation) else _REMOTE_REQUESTS
         return ahead(
             self._finished_shards(),
-            lambda shard: read_chunk(self._location, spec, shard),
+            lambda shard: read(self._location, spec, shard),
             count=count,
             threads=_REMOTE_REQUESTS,
         )

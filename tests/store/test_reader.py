@@ -41,6 +41,9 @@ def assert_same_content(store: ActivationStore, expected: dict[str, Any]) -> Non
     np.testing.assert_array_equal(store.pair_ids(), expected["pair_id"])
     np.testing.assert_array_equal(store.tokens(), expected["tokens"])
     assert store.sources().tolist() == expected["source"]
+    offsets, data = store.source_strings()
+    spans = zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    assert [data[start:stop].tobytes().decode() for start, stop in spans] == expected["source"]
     assert store.reasons().tolist() == expected["reason"]
     for layer in store.layers:
         norms = store.norms(layer)
@@ -189,6 +192,7 @@ def test_an_incomplete_store(tmp_path: Path) -> None:
         with pytest.raises(StoreIncompleteError, match=f"1 of the rows .* the first is row {row}"):
             store.take(2, [0, row, 9])
     assert np.isnan(store.norms(5)[4:8]).all() and not np.isnan(store.norms(5)[here]).any()
+    assert np.diff(store.source_strings()[0]).tolist() == [len(name) for name in store.sources()]
     assert not store.pair_ids()[4:8].any() and store.sources()[4:8].tolist() == [""] * 4
     counts = store.summary()
     assert (counts["ok"], counts["quarantined"], counts["missing"]) == (4, 2, 4)
@@ -260,6 +264,12 @@ def assert_damage_is_named(root: Path, name: str, read: Callable[[ActivationStor
 def test_chunks_of_a_wrong_length_are_refused(root: Path, name: str, harm: Callable[[Path], None]) -> None:
     harm(chunk_path(root, name, 1))
     assert_damage_is_named(root, name, READS[name])
+
+
+@pytest.mark.parametrize("harm", [*LENGTH_HARMS, lambda path: flip(path, 50)])
+def test_source_strings_refuse_damaged_chunks(root: Path, harm: Callable[[Path], None]) -> None:
+    harm(chunk_path(root, "source", 1))
+    assert_damage_is_named(root, "source", lambda s: s.source_strings())
 
 
 @pytest.mark.parametrize("harm", LENGTH_HARMS)
