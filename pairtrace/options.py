@@ -1,10 +1,12 @@
-"""Options that several commands share, with their help texts."""
+"""Options that several commands share, with their help texts, and how options become settings."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from pairtrace.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="Print the summary as one JSON object on stdout.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -32,3 +34,20 @@ Layers = Annotated[
 ]
 Behavior = Annotated[str | None, typer.Option(help="Which behaviour of the scores [default: the only one].")]
 Scores = Annotated[str, typer.Argument(help="Scores table made by `pairtrace score`.")]
+
+
+def settings(given: dict[str, Any], **changed: Any) -> dict[str, Any]:
+    """A command's options as fields of its configuration, which has the same names; output options are left out."""
+    return {name: value for name, value in given.items() if name != "json"} | changed
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Layers out of "20,24".
+
+    Raises:
+        ConfigError: the text is something else.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--layers is {text!r}; expected numbers separated by commas, for example 20,24") from None

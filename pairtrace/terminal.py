@@ -1,17 +1,51 @@
-"""What the front door shows: progress bars on stderr, and summaries as text. Nothing here prints."""
+"""What the front door shows: progress bars on stderr, and answers as text. Nothing here prints."""
 
 from __future__ import annotations
 
+import json
+import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pairtrace.engine.progress import Progress
     from pairtrace.engine.ranking import RankedPair, SourceShare
 
 
 # Where stderr is no terminal (a log file, CI), a line this often stands in for the moving bar, in seconds.
 _LOG_EVERY = 30.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a command has to say on stdout.
+
+    Attributes:
+        figures: plain JSON values.
+        json: print the figures as one JSON object.
+        text: what people read instead; None for the figures as a table.
+        error: what went wrong all the same; it is reported after the figures, and the exit code is 1.
+    """
+
+    figures: dict[str, Any]
+    json: bool
+    text: str | None = None
+    error: str | None = None
+
+    def __str__(self) -> str:
+        """What to print."""
+        if self.json:
+            return json.dumps(self.figures, default=str)
+        return summary_text(self.figures) if self.text is None else self.text
+
+
+def progress() -> Progress:
+    """Bars on stderr, or nothing with --quiet, which takes the notes' level away as well."""
+    from pairtrace.engine.progress import NULL_PROGRESS
+
+    return Bars() if logging.getLogger("pairtrace").isEnabledFor(logging.INFO) else NULL_PROGRESS
 
 
 class Bars:
