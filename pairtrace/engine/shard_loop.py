@@ -16,7 +16,7 @@ from pairtrace.engine.pair import Pair
 from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import Progress
 from pairtrace.engine.rendering import Renderer
-from pairtrace.engine.shards import SeenPairs, ShardWork, compute_block, divide, fill_copies
+from pairtrace.engine.shards import OWN_STORE, SeenPairs, ShardWork, compute_block, divide, fill_copies
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.reuse import PairIndex
 from pairtrace.store.rows import RowReader
@@ -144,5 +144,8 @@ class ShardLoop:
     def _write(self, finished: Channel[tuple[ShardWork, ShardBlock]]) -> None:
         own, sources = RowReader.open(self.store), [other.row_reader() for other in self.others]
         for work, block in finished:
+            if any(copy.store == OWN_STORE and copy.row < work.start for copy in work.copies):
+                self.writer.flush()
             fill_copies(block, work, sources, own)
             self.writer.write_shard(block)
+        self.writer.flush()

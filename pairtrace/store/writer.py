@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import errno
 import logging
+from collections import deque
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -41,6 +43,10 @@ from pairtrace.store.metadata import (
 )
 
 logger = logging.getLogger(__name__)
+
+# Shards that are written at the same time: while one waits for the disk to say that it is safe, the others' bytes are
+# on their way.
+IN_FLIGHT = 3
 
 Values = np.ndarray | ScaledRows | list[str]
 
@@ -87,7 +93,7 @@ class ShardBlock:
 
 
 class StoreWriter:
-    """Writes the shards of one store; made by `create_or_resume`, used as a context manager.
+    """Writes the shards of one store, in the background; made by `create_or_resume`, used as a context manager.
 
     A local store is locked against a second writer until `close` or the end of the process. An object store
     has no lock: start one writer only.
@@ -107,6 +113,8 @@ class StoreWriter:
         self._lock = lock
         self._fsync = fsync
         self._closed = False
+        self._pool = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="pairtrace-shard")
+        self._pending: deque[Future[None]] = deque()
 
     @classmethod
     def create_or_resume(cls, path: StorePath, manifest: Manifest, fsync: bool = True) -> StoreWriter:
@@ -152,34 +160,47 @@ class StoreWriter:
         """Numbers of the shards to compute: without a mark, or marked but visibly damaged.
 
         A damaged mark, and a marked shard with a missing chunk or one of the wrong length, are computed again
-        (and logged). A flipped bit is left to `verify`, which reads everything.
+        (and logged). A flipped bit, and the length of a compressed chunk, are left to `verify`, which reads everything.
         """
+        self.flush()
         return [shard for shard in range(self._specs["status"].shards) if not self._is_complete(shard)]
 
     def write_shard(self, block: ShardBlock) -> None:
-        """Write one shard: all its arrays, then its mark.
+        """Write one shard in the background: all its arrays, then its mark.
+
+        The block is checked here and must not be changed until `flush` or `close`. When several shards are under way
+        already, this waits for the first of them.
 
         Raises:
-            StoreWriteError: the disk is full, read-only or forbidden; the shard has no mark then.
+            StoreWriteError: the disk is full, read-only or forbidden; the shard that the message names has no mark
+                then. It may be an earlier one than this.
         """
         assert not self._closed, "the writer is closed"
         values = self._values(block)
-        status = self._specs["status"]
-        start, stop = status.span(block.index)
-        with _explain_write_errors(
-            self._location, f"write shard {block.index} (rows {start} to {stop - 1})", resumable=True
-        ):
-            # A damaged shard that is written again must not keep its mark meanwhile.
-            self._location.remove(status.key(block.index), durable=self._fsync)
-            mark = {"status": values.pop("status")}
-            self._put(block.index, values)
-            self._put(block.index, mark)
+        self._wait(IN_FLIGHT - 1)
+        self._pending.append(self._pool.submit(self._write, block.index, values))
+
+    def flush(self) -> None:
+        """Wait until every shard so far is written and marked.
+
+        Raises:
+            StoreWriteError: see `write_shard`.
+        """
+        self._wait(0)
 
     def close(self) -> None:
-        """Let go of the lock. Nothing is buffered, so nothing is written here."""
-        self._closed = True
-        if self._lock is not None:
-            self._lock.release()
+        """`flush`, then let go of the lock.
+
+        Raises:
+            StoreWriteError: see `write_shard`.
+        """
+        try:
+            self.flush()
+        finally:
+            self._closed = True
+            self._pool.shutdown()
+            if self._lock is not None:
+                self._lock.release()
 
     def __enter__(self) -> StoreWriter:
         return self
@@ -187,7 +208,27 @@ class StoreWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except StoreWriteError:
+            if error is None:
+                raise
+            logger.warning("%s: a shard was not written either", self._location.name, exc_info=True)
+
+    def _wait(self, under_way: int) -> None:
+        """Wait until at most so many shards are under way; raises the error of the first that failed."""
+        while len(self._pending) > under_way:
+            self._pending.popleft().result()
+
+    def _write(self, shard: int, values: dict[str, Values]) -> None:
+        status = self._specs["status"]
+        start, stop = status.span(shard)
+        with _explain_write_errors(self._location, f"write shard {shard} (rows {start} to {stop - 1})", resumable=True):
+            # A damaged shard that is written again must not keep its mark meanwhile.
+            self._location.remove(status.key(shard), durable=self._fsync)
+            mark = {"status": values.pop("status")}
+            self._put(shard, values)
+            self._put(shard, mark)
 
     def _put(self, shard: int, values: Mapping[str, Values]) -> None:
         arrays: dict[str, np.ndarray | list[str]] = {}

@@ -12,6 +12,11 @@ from typing import Any
 
 import pytest
 
+from pairtrace.errors import StoreError
+from pairtrace.store.manifest import Manifest
+from pairtrace.store.reader import ActivationStore
+from tests.store.samples import shard_count, tree_bytes
+
 
 class Crash(BaseException):
     """Stands for the end of the process at this instant."""
@@ -83,3 +88,19 @@ def record_durability(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     monkeypatch.setattr(os, "fsync", logged_fsync)
     monkeypatch.setattr(Path, "replace", logged_replace)
     return events
+
+
+def assert_marked_shards_are_whole(root: Path, manifest: Manifest, reference: dict[str, bytes]) -> list[int]:
+    """The marked shards, after a look at every one of their files."""
+    try:
+        store = ActivationStore.open(root, allow_incomplete=True)
+    except StoreError:  # killed while it was created: nothing can be marked
+        assert not (root / "status" / "c").exists()
+        return []
+    marked = [shard for shard in range(shard_count(manifest)) if store.status()[manifest.shard_rows * shard] != 0]
+    present = tree_bytes(root)
+    for name, content in reference.items():
+        parts = Path(name).parts
+        if "c" in parts and int(parts[parts.index("c") + 1]) in marked:
+            assert present.get(name) == content, name
+    return marked

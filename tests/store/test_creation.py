@@ -112,8 +112,9 @@ def begin(root: Path) -> None:
     """A run that died before its first mark, with chunks and half-written files of shard 0 behind it."""
     with StoreWriter.create_or_resume(root, make_manifest(), fsync=False) as writer, pytest.MonkeyPatch.context() as p:
         crash_on_nth(p, Path, "replace", 5)
+        writer.write_shard(make_block(make_manifest(), 0))
         with pytest.raises(Crash):
-            writer.write_shard(make_block(make_manifest(), 0))
+            writer.flush()
     assert chunk_files(root) and list(root.rglob("*.partial"))
 
 

@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pairtrace.errors import StoreError
-from pairtrace.store.reader import ActivationStore
 from pairtrace.store.writer import StoreWriter
+from tests.store.crashes import assert_marked_shards_are_whole
 from tests.store.samples import make_block, make_manifest, shard_count, tree_bytes, write_store
 
 MANIFEST = make_manifest(rows=98, sides=True)
@@ -45,7 +44,7 @@ def run(root: Path, fsync: bool, moment: str, kill_after: float | None) -> tuple
     return lived, child.exitcode
 
 
-@pytest.mark.parametrize(("fsync", "kills"), [(False, 20), (True, 5)])
+@pytest.mark.parametrize(("fsync", "kills"), [(False, 20), (True, 10)])
 def test_kill_and_resume(tmp_path: Path, fsync: bool, kills: int) -> None:
     """Every fourth kill strikes while the store is created or opened, the others while shards are written."""
     CONTEXT.set_forkserver_preload(["tests.store.test_kill", "zarr", "numcodecs", "google_crc32c"])
@@ -68,22 +67,7 @@ def test_kill_and_resume(tmp_path: Path, fsync: bool, kills: int) -> None:
             finished += 1
             continue
         killed += 1
-        progress.add(len(assert_marked_shards_are_whole(root, reference)))
+        progress.add(len(assert_marked_shards_are_whole(root, MANIFEST, reference)))
     assert len(progress) > 2, f"the kills struck after {sorted(progress)} finished shards only"
     write_store(root, MANIFEST)
     assert tree_bytes(root) == reference
-
-
-def assert_marked_shards_are_whole(root: Path, reference: dict[str, bytes]) -> list[int]:
-    try:
-        store = ActivationStore.open(root, allow_incomplete=True)
-    except StoreError:  # killed while it was created: nothing can be marked
-        assert not (root / "status" / "c").exists()
-        return []
-    marked = [shard for shard in range(shard_count(MANIFEST)) if store.status()[4 * shard] != 0]
-    present = tree_bytes(root)
-    for name, content in reference.items():
-        parts = Path(name).parts
-        if "c" in parts and int(parts[parts.index("c") + 1]) in marked:
-            assert present.get(name) == content, name
-    return marked

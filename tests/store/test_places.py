@@ -68,6 +68,7 @@ def test_readers_are_not_locked_out(tmp_path: Path) -> None:
     manifest = make_manifest()
     with StoreWriter.create_or_resume(tmp_path, manifest) as writer:
         writer.write_shard(make_block(manifest, 0))
+        writer.flush()
         assert ActivationStore.open(tmp_path, allow_incomplete=True).status()[:4].all()
 
 
@@ -96,8 +97,9 @@ def test_operating_system_errors_are_explained(
 
     with StoreWriter.create_or_resume(tmp_path, manifest) as writer:
         monkeypatch.setattr(LocalLocation, "write", fail)
+        writer.write_shard(make_block(manifest, 1))
         with pytest.raises(StoreWriteError, match=words) as caught:
-            writer.write_shard(make_block(manifest, 1))
+            writer.flush()
     message = str(caught.value)
     assert str(tmp_path) in message and "shard 1 (rows 4 to 7)" in message and "run the same command again" in message
 
@@ -131,12 +133,47 @@ def test_a_full_disk(tmp_path: Path, key: str) -> None:
         target = tmp_path / f"{key}.partial"
         target.parent.mkdir(exist_ok=True)
         target.symlink_to("/dev/full")
+        writer.write_shard(make_block(manifest, 1))
         with pytest.raises(StoreWriteError, match=r"disk is full.*shard is safe"):
-            writer.write_shard(make_block(manifest, 1))
+            writer.flush()
         assert writer.missing_shards() == [1, 2]
         assert not list(tmp_path.rglob("*.partial"))
         writer.write_shard(make_block(manifest, 1))
         assert writer.missing_shards() == [2]
+
+
+def test_an_error_comes_out_once_and_spares_the_other_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is raised by the next call that waits, at the latest by the end of the block."""
+    manifest = make_manifest(rows=40)
+    write_one = LocalLocation.write
+
+    def fail(self: LocalLocation, objects: Any, *, durable: bool) -> None:
+        if any(key.endswith("diff/5/c/2/0") for key in objects):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write_one(self, objects, durable=durable)
+
+    monkeypatch.setattr(LocalLocation, "write", fail)
+    with pytest.raises(StoreWriteError, match=r"shard 2 \(rows 8 to 11\)"):
+        write_store(tmp_path / "ends", manifest, [1, 2, 3])
+    with StoreWriter.create_or_resume(tmp_path / "goes on", manifest, fsync=False) as writer:
+        for shard in (1, 2, 3):
+            writer.write_shard(make_block(manifest, shard))
+        with pytest.raises(StoreWriteError, match="shard 2"):
+            for shard in range(4, 10):
+                writer.write_shard(make_block(manifest, shard))
+        monkeypatch.undo()
+        assert 2 in writer.missing_shards() and not {1, 3} & set(writer.missing_shards())
+    with (
+        pytest.raises(ZeroDivisionError),
+        StoreWriter.create_or_resume(tmp_path / "other", manifest, fsync=False) as writer,
+    ):
+        monkeypatch.setattr(LocalLocation, "write", fail)
+        writer.write_shard(make_block(manifest, 2))
+        raise ZeroDivisionError
+    monkeypatch.undo()
+    for name in ("ends", "goes on", "other"):
+        write_store(tmp_path / name, manifest)
+        assert ActivationStore.open(tmp_path / name).rows == 40
 
 
 def test_a_file_size_limit(tmp_path: Path) -> None:
@@ -147,8 +184,9 @@ def test_a_file_size_limit(tmp_path: Path) -> None:
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
         try:
+            writer.write_shard(make_block(manifest, 0))
             with pytest.raises(StoreWriteError, match="size limit"):
-                writer.write_shard(make_block(manifest, 0))
+                writer.flush()
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             signal.signal(signal.SIGXFSZ, handler)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,13 @@ from pairtrace.errors import (
 )
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.writer import ShardBlock, StoreWriter
-from tests.store.crashes import Crash, crash_on_nth, record_durability
+from tests.store.crashes import (
+    Crash,
+    assert_marked_shards_are_whole,
+    crash_on_nth,
+    dies_at_nth,
+    record_durability,
+)
 from tests.store.samples import chunk_files, make_block, make_manifest, shard_count, tree_bytes, write_store
 from tests.store.test_manifest import OTHER
 
@@ -75,10 +82,9 @@ def test_another_schema_version_is_refused(tmp_path: Path) -> None:
 class MarksFirst(StoreWriter):
     """The mutation: the mark before the data."""
 
-    def write_shard(self, block: ShardBlock) -> None:
-        values = self._values(block)
-        self._put(block.index, {"status": values.pop("status")})
-        self._put(block.index, values)
+    def _write(self, shard: int, values: dict[str, Any]) -> None:
+        self._put(shard, {"status": values.pop("status")})
+        self._put(shard, values)
 
 
 def assert_crash_costs_only_the_shard(tmp_path: Path, kind: type[StoreWriter], steps_seen: list[int]) -> None:
@@ -94,6 +100,7 @@ def assert_crash_costs_only_the_shard(tmp_path: Path, kind: type[StoreWriter], s
             writer = kind.create_or_resume(root, manifest, fsync=False)
             try:
                 writer.write_shard(make_block(manifest, 0))
+                writer.flush()
             except Crash:
                 steps_seen.append(step)
                 finished = False
@@ -125,6 +132,27 @@ def test_a_writer_that_marks_first_is_caught(tmp_path: Path) -> None:
         assert_crash_costs_only_the_shard(tmp_path, MarksFirst, [])
 
 
+@pytest.mark.parametrize("name", ["replace", "fsync"])
+def test_a_crash_with_several_shards_under_way(tmp_path: Path, name: str) -> None:
+    """The process ends before every rename and before some of the fsyncs, whichever shard they are of."""
+    manifest = make_manifest(rows=18, layers=(2,))
+    write_store(tmp_path / "reference", manifest)
+    reference = tree_bytes(tmp_path / "reference")
+    owner: Any = Path if name == "replace" else os
+    crashes, marked = 0, set()
+    for step in range(1, 1000, 1 if name == "replace" else 7):
+        root = tmp_path / str(step)
+        write_store(root, manifest, [])
+        shards = list(range(4))
+        if not dies_at_nth(owner, name, step, lambda: write_store(root, manifest, shards, fsync=name == "fsync")):  # noqa: B023
+            break
+        crashes += 1
+        marked.add(tuple(assert_marked_shards_are_whole(root, manifest, reference)))
+        write_store(root, manifest)
+        assert tree_bytes(root) == reference
+    assert crashes >= 5 and len(marked) > 2
+
+
 def assert_durable_before_mark(root: Path, events: list[tuple[str, str]], shard: int) -> None:
     mark = events.index(("rename", str(root / "status" / "c" / str(shard))))
     renames = [path for kind, path in events[:mark] if kind == "rename"]
@@ -136,7 +164,8 @@ def assert_durable_before_mark(root: Path, events: list[tuple[str, str]], shard:
         while folder != root.parent:  # every directory entry on the way to the chunk
             assert ("fsync", str(folder)) in events[renamed:mark], folder
             folder = folder.parent
-    assert ("fsync", str(root / "status" / "c" / f"{shard}.partial")) in events[mark - 1 : mark]
+    made = events.index(("fsync", str(root / "status" / "c" / f"{shard}.partial")))
+    assert made > max(events.index(("rename", path)) for path in renames) and made < mark
     assert ("fsync", str(root / "status" / "c")) in events[mark:]
 
 
@@ -197,8 +226,9 @@ def test_a_shard_written_again_has_no_mark_meanwhile(tmp_path: Path, monkeypatch
     write_store(tmp_path, manifest)
     with StoreWriter.create_or_resume(tmp_path, manifest, fsync=False) as writer:
         crash_on_nth(monkeypatch, Path, "replace", 3)
+        writer.write_shard(make_block(manifest, 1, seed=9))
         with pytest.raises(Crash):
-            writer.write_shard(make_block(manifest, 1, seed=9))
+            writer.flush()
         assert writer.missing_shards() == [1]
 
 
