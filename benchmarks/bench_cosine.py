@@ -22,8 +22,8 @@ import numba
 import numpy as np
 import torch
 from activations import DISTINCT_ROWS, PRODUCTION_ROWS, PRODUCTION_WIDTH, distinct_rows, repeated
-from cosine_competitors import Competitor, FaissPieces, competitors, optional
-from harness import Claim, Timing, at_least, interleave, parser, record, say
+from cosine_competitors import Competitor, FaissPieces, competitors
+from harness import Claim, Timing, at_least, interleave, optional, parser, record, say
 from plain_read import read_memory
 
 from pairtrace.kernels.int8 import ScaledRows, encode_int8
@@ -218,7 +218,8 @@ def measure(ways: list[Competitor], data: Data, directions: np.ndarray, options:
         run.call()
     runs = yardsticks + runs
     repeats = 2 if options.quick else REPEATS[count]
-    timings = interleave({run.name: run.call for run in runs}, repeats, warm_up=0, pause=0.05)
+    calls = {run.name: run.call for run in runs}
+    timings = interleave(calls, repeats, warm_up=0, before=lambda _: time.sleep(0.05))
     for run in runs:
         run.timing = timings[run.name]
     return runs

@@ -26,6 +26,7 @@ from pairtrace.engine.backend import HFBackend
 from pairtrace.engine.checkpoint import quiet_transformers
 from pairtrace.engine.flops import ModelShape, extraction_flops, published_flops
 from pairtrace.engine.packing import packed_tokens
+from pairtrace.engine.pair import Pair
 from pairtrace.engine.pairs import open_pairs
 from pairtrace.engine.rendered import RenderedPair
 from pairtrace.engine.rendering import Renderer
@@ -61,13 +62,11 @@ def data_files() -> list[Path]:
     return [Path(__file__).parents[1] / "examples" / "hh-rlhf-harmless-sample.jsonl.gz"]
 
 
-def real_pairs(count: int, max_length: int) -> list[RenderedPair]:
-    """Rows of the data files in equal parts, tokenised by a byte-level BPE trained on them."""
+def trained_tokenizer(rows: list[Pair]) -> Any:
+    """A byte-level BPE trained on the texts of the rows, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    parts = [open_pairs(path).take(range(min(300, open_pairs(path).rows))) for path in data_files()]
-    rows = [pair for part in parts for pair in part]
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -83,7 +82,19 @@ def real_pairs(count: int, max_length: int) -> list[RenderedPair]:
     bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<eos>")
     tokenizer.chat_template = TEMPLATE
-    renderer = Renderer(tokenizer, max_length=max_length)
+    return tokenizer
+
+
+def first_pairs(path: Path) -> list[Pair]:
+    """The first rows of a data file."""
+    source = open_pairs(path)
+    return source.take(range(min(300, source.rows)))
+
+
+def real_pairs(count: int, max_length: int) -> list[RenderedPair]:
+    """Rows of the data files in equal parts, tokenised by a BPE trained on them."""
+    parts = [first_pairs(path) for path in data_files()]
+    renderer = Renderer(trained_tokenizer([pair for part in parts for pair in part]), max_length=max_length)
     usable = [[result for result in renderer.render(part) if isinstance(result, RenderedPair)] for part in parts]
     return [pair for part in usable for pair in part[: count // len(parts)]]
 

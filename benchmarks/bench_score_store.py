@@ -115,7 +115,7 @@ def warm(commands: dict[int, Command], middle: int, repeats: int, threads: int) 
         f"plain read, {threads} threads": lambda: read_files_in_threads(files, threads),
         **{f"score {rows:,} rows": command.run for rows, command in commands.items()},
     }
-    seconds = interleave(runs, repeats, pause=0.2)
+    seconds = interleave(runs, repeats)
     inside = {rows: Timing.of(command.inside[-repeats:]) for rows, command in commands.items()}
     start_up = seconds[f"score {tiny.rows:,} rows"]
     results: dict[str, Any] = {name: timings_of(seconds[name], size) for name in list(runs)[:2]}
@@ -144,17 +144,14 @@ def cold(command: Command, tiny: Command, repeats: int) -> dict[str, Any]:
     if left > 0.01:
         say(f"{left:.0%} of the pages stay in the page cache: the cold runs are left out")
         return {"pages_left": left}
-    seconds: dict[str, list[float]] = {"plain read": [], "start-up": [], "score": []}
+    shares = [left]
+
+    def drop(name: str) -> None:
+        if name != "start-up":
+            shares.append(drop_from_cache(command.files))
+
     runs = {"plain read": lambda: read_files(command.files), "start-up": tiny.run, "score": command.run}
-    shares = []
-    for number in range(repeats):
-        for name, run in runs.items():
-            shares.append(drop_from_cache(command.files) if name != "start-up" else 0.0)
-            begun = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - begun)
-            say(f"  cold {number + 1}/{repeats}  {name}: {seconds[name][-1]:.3f} s")
-    found = {name: Timing.of(values) for name, values in seconds.items()}
+    found = interleave(runs, repeats, warm_up=0, before=drop)
     net = found["score"].less(found["start-up"])
     return {
         "pages_left": max(shares),

@@ -9,7 +9,6 @@ scores [block, K]; nothing keeps more than a block. Where a library wants float3
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import say
+from harness import optional
 
 from pairtrace.kernels.cosine import cosine_blocks
 from pairtrace.kernels.int8 import ScaledRows
@@ -50,15 +49,6 @@ class Competitor:
     exact: bool = True
     most_directions: int = 4096
     note: str = ""
-
-
-def optional(package: str) -> ModuleType | None:
-    """A competitor's library, or None with a note where it is not installed."""
-    try:
-        return importlib.import_module(package)
-    except ModuleNotFoundError:
-        say(f"{package} is not installed and left out: pip install '.[bench]'")
-        return None
 
 
 def in_float32(block_rows: int, score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Blocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
@@ -74,19 +76,21 @@ def interleave(
     *,
     clock: Callable[[], float] = time.perf_counter,
     warm_up: int = 1,
-    pause: float = 0.0,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, Timing]:
     """Run all competitors in turn, `repeats` times over, so that a change of the machine's mood meets all alike.
 
-    `pause` seconds before each run let the threads of the one before go to sleep.
+    `before` is called with the competitor's name before each run and not timed: to clean up, or to let the threads of
+    the one before go to sleep.
     """
     for _ in range(warm_up):
-        for run in competitors.values():
+        for name, run in competitors.items():
+            before(name)
             run()
     seconds: dict[str, list[float]] = {name: [] for name in competitors}
     for number in range(repeats):
         for name, run in competitors.items():
-            time.sleep(pause)
+            before(name)
             begun = clock()
             run()
             seconds[name].append(clock() - begun)
@@ -97,6 +101,15 @@ def interleave(
 def say(text: str) -> None:
     """A line of progress."""
     print(text, file=sys.stderr, flush=True)
+
+
+def optional(package: str) -> ModuleType | None:
+    """A competitor's library, or None with a note where it is not installed."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError:
+        say(f"{package} is not installed and left out: pip install '.[bench]'")
+        return None
 
 
 @contextmanager
