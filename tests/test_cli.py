@@ -19,7 +19,10 @@ from pairtrace.cli import app
 from tests.models import HH, make_model, make_tokenizer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-COMMANDS = ["extract", "behavior", "score", "top", "sources", "plan", "demo", "version", "store info", "store verify"]
+COMMANDS = [
+    *("extract", "plan", "behavior", "score", "top", "sources", "edit", "restore", "demo", "version"),
+    *("store info", "store verify"),
+]
 
 
 def run(*arguments: object) -> Result:
@@ -107,6 +110,8 @@ def test_wrong_usage_is_exit_code_two(arguments: list[str]) -> None:
         (["score", "nowhere.zarr", "b.safetensors", "--out", "s.parquet"], "nowhere.zarr"),
         (["top", "nowhere.parquet"], "nowhere.parquet"),
         (["sources", "nowhere.parquet"], "nowhere.parquet"),
+        (["edit", "d.jsonl", "nowhere.parquet", "--swap", "-k", "1", "--out", "o.parquet"], "nowhere.parquet"),
+        (["restore", "nowhere.parquet", "--out", "o.parquet"], "nowhere"),
         (["plan", "nowhere.jsonl", "--model", "M0", "--layers", "1"], "nowhere.jsonl"),
         (["behavior", "nowhere.yaml", "--base", "M0", "--tuned", "M0", "--out", "b.safetensors"], "nowhere.yaml"),
     ],
@@ -164,6 +169,13 @@ def test_the_whole_job(model: Path, tuned: Path, tmp_path: Path) -> None:
     plan = summary("plan", HH, "--model", model, "--layers", "4", "--limit", 60, "--sample", 0, "--max-length", 300)
     assert plan["rows"] == 60 and plan["store_bytes"] > 0
     assert plan["pairtrace"]["tokens"]["value"] >= figures["tokens"]
+
+    edited, restored = tmp_path / "edited.parquet", tmp_path / "restored.parquet"
+    edit = summary("edit", HH, scores, "--filter", "-k", 4, "--out", edited)
+    assert (edit["removed"], edit["rows_before"], edit["rows_after"]) == (4, 2312, 2308)
+    assert summary("restore", edited, "--out", restored)["put_back"] == 4
+    two = run("edit", HH, scores, "--filter", "--swap", "-k", 4, "--out", edited)
+    assert two.exit_code == 1 and "exactly one of --filter, --swap and --drop-sources" in two.stderr
 
     row = pairs[0]["row"]
     with gzip.open(HH, "rt", encoding="utf-8") as stream:
