@@ -28,8 +28,6 @@ def encode(spec: ArraySpec, values: np.ndarray | list[str]) -> list[RawBytes]:
         spec: the array.
         values: the rows of one shard, [n, ...] with n <= S in the array's dtype, or n strings.
     """
-    import google_crc32c
-
     if spec.is_text:
         pieces = [_encode_text(list(values), spec.shard_rows)]
     else:
@@ -43,7 +41,7 @@ def encode(spec: ArraySpec, values: np.ndarray | list[str]) -> list[RawBytes]:
     checksum = 0
     for piece in pieces:
         if piece.size:
-            checksum = google_crc32c.extend(checksum, piece)
+            checksum = crc32c(piece, checksum)
     return [*pieces, np.frombuffer(checksum.to_bytes(CHECKSUM_BYTES, "little"), np.uint8)]
 
 
