@@ -1,6 +1,6 @@
-"""Mean of the hidden states of each segment of a pack.
+"""Mean of the hidden states of each segment of a pack, and what a store keeps of a pair of such means.
 
-Letters: T tokens of a pack, D width, S segments.
+Letters: T tokens of a pack, D width, S segments, P pairs.
 
 Implementations: `reference` (torch, any device) and `triton` (CUDA; CPU tensors in its interpreter). On the CPU a
 segment's mean has the same bits whatever else the pack holds: it is computed from the segment's own tokens, in their
@@ -10,6 +10,7 @@ order, in float64.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -22,7 +23,26 @@ logger = logging.getLogger(__name__)
 
 Impl: TypeAlias = Literal["auto", "reference", "triton"]
 
+StoreDtype: TypeAlias = Literal["float16", "bfloat16", "float32"]
+
 _reported: set[str] = set()
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PooledDifference:
+    """P pairs as a store keeps them, on the device of the hidden states.
+
+    Attributes:
+        diff: [P, D] in the store's dtype, mean(chosen) - mean(rejected).
+        norm: float32 [P], norm of the difference before it was rounded to that dtype.
+        chosen: [P, D] in the store's dtype, where sides were asked for.
+        rejected: [P, D] in the store's dtype, where sides were asked for.
+    """
+
+    diff: torch.Tensor
+    norm: torch.Tensor
+    chosen: torch.Tensor | None = None
+    rejected: torch.Tensor | None = None
 
 
 def _reference_mean(hidden: torch.Tensor, segment_of_token: torch.Tensor, n_segments: int) -> torch.Tensor:
@@ -105,20 +125,107 @@ def segment_mean(
             its own index error).
         MissingDependencyError: `impl="triton"` without the package.
     """
+    _check(hidden, segment_of_token, n_segments)
+    kernel = _kernel(hidden, impl)
+    if kernel is None:
+        return _reference_mean(hidden, segment_of_token, n_segments)
+    means: torch.Tensor = kernel.segment_mean(hidden, segment_of_token, n_segments)
+    return means
+
+
+def _kernel(hidden: torch.Tensor, impl: Impl) -> ModuleType | None:
+    """The Triton implementation, or None for the reference."""
     if impl not in ("auto", "reference", "triton"):
         raise ConfigError(f"impl must be 'auto', 'reference' or 'triton', not {impl!r}")
-    _check(hidden, segment_of_token, n_segments)
-    if impl == "triton" or (impl == "auto" and hidden.device.type == "cuda"):
-        try:
-            kernel = _load_triton()
-            kernel.check_device(hidden)
-        except MissingDependencyError as error:
-            if impl == "triton":
-                raise
-            if str(error) not in _reported:
-                _reported.add(str(error))
-                logger.warning("pooling uses the slow reference implementation: %s", error)
-        else:
-            means: torch.Tensor = kernel.segment_mean(hidden, segment_of_token, n_segments)
-            return means
-    return _reference_mean(hidden, segment_of_token, n_segments)
+    if impl == "reference" or (impl == "auto" and hidden.device.type != "cuda"):
+        return None
+    try:
+        kernel = _load_triton()
+        kernel.check_device(hidden)
+    except MissingDependencyError as error:
+        if impl == "triton":
+            raise
+        if str(error) not in _reported:
+            _reported.add(str(error))
+            logger.warning("pooling uses the slow reference implementation: %s", error)
+        return None
+    return kernel
+
+
+def _reference_difference(
+    hidden: torch.Tensor,
+    segment_of_token: torch.Tensor,
+    n_pairs: int,
+    shared_weight: torch.Tensor | None,
+    dtype: torch.dtype,
+    sides: bool,
+) -> tuple[torch.Tensor, ...]:
+    import torch
+
+    means = _reference_mean(hidden, segment_of_token, 3 * n_pairs).view(n_pairs, 3, hidden.shape[1])
+    both = []
+    for number in range(2):
+        side = means[:, 1 + number]
+        if shared_weight is not None:
+            share = shared_weight[:, number, None]
+            # Where nothing of the response is shared the leaf's mean is the answer, to the bit.
+            side = torch.where(share > 0, side + share * (means[:, 0] - side), side)
+        both.append(side)
+    difference = both[0] - both[1]
+    wide = difference if hidden.device.type == "mps" else difference.double()
+    norm = torch.linalg.vector_norm(wide, dim=1).float()
+    return difference.to(dtype), norm, *(side.to(dtype) for side in both if sides)
+
+
+def pooled_difference(
+    hidden: torch.Tensor,
+    segment_of_token: torch.Tensor,
+    n_pairs: int,
+    *,
+    shared_weight: torch.Tensor | None = None,
+    dtype: StoreDtype = "float16",
+    sides: bool = False,
+    impl: Impl = "auto",
+) -> PooledDifference:
+    """What a store keeps of the pairs of a pack: nothing wider leaves the kernel.
+
+    Args:
+        hidden: as for `segment_mean`.
+        segment_of_token: int64 [T] on the same device: `3 * pair` for tokens that both responses share, `3 * pair + 1`
+            for the chosen response's own, `3 * pair + 2` for the rejected one's, -1 where a token is not pooled.
+        n_pairs: P.
+        shared_weight: float32 [P, 2] on the same device, share of (chosen, rejected) tokens that are shared ones; None
+            where no token is shared.
+        dtype: dtype of the store, rounded to nearest even; values past its range become infinite.
+        sides: whether the means of both sides are kept as well.
+        impl: as for `segment_mean`.
+
+    Returns:
+        Rows of P pairs. A side without tokens of its own makes its pair NaN.
+
+    Raises:
+        ConfigError: as for `segment_mean`; `shared_weight` or `dtype` does not fit.
+        MissingDependencyError: `impl="triton"` without the package.
+    """
+    import torch
+
+    if dtype not in ("float16", "bfloat16", "float32"):
+        raise ConfigError(f"dtype must be 'float16', 'bfloat16' or 'float32', not {dtype!r}")
+    if n_pairs < 0:
+        raise ConfigError(f"n_pairs must not be negative, but is {n_pairs}")
+    _check(hidden, segment_of_token, 3 * n_pairs)
+    if shared_weight is not None and (
+        shared_weight.shape != (n_pairs, 2)
+        or shared_weight.dtype != torch.float32
+        or shared_weight.device != hidden.device
+    ):
+        raise ConfigError(
+            f"shared_weight must be float32 ({n_pairs}, 2) on {hidden.device}, not {shared_weight.dtype} "
+            f"{tuple(shared_weight.shape)} on {shared_weight.device}"
+        )
+    kernel = _kernel(hidden, impl)
+    pool = _reference_difference if kernel is None else kernel.pooled_difference
+    diff, norm, *others = pool(hidden, segment_of_token, n_pairs, shared_weight, getattr(torch, dtype), sides)
+    return PooledDifference(
+        diff=diff, norm=norm, chosen=others[0] if sides else None, rejected=others[1] if sides else None
+    )

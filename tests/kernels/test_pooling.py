@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairtrace.errors import ConfigError, MissingDependencyError
-from pairtrace.kernels.pooling import segment_mean
+from pairtrace.kernels.pooling import PooledDifference, pooled_difference, segment_mean
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -181,3 +181,103 @@ def test_explicit_choices_that_cannot_run_raise(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delattr("pairtrace.kernels.pooling_triton", raising=False)
     with pytest.raises(MissingDependencyError, match=r"pairtrace\[gpu\]"):
         segment_mean(*arguments, impl="triton")
+
+
+def pair_pack(
+    rng: np.random.Generator, lengths: list[tuple[int, int, int]], width: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Hidden states, segments and shared weights of pairs with (shared, chosen, rejected) pooled tokens."""
+    flat = [length for pair in lengths for length in pair]
+    hidden, segments = pack(rng, flat, width, dtype, scattered=False)
+    weight = np.array([[s / (s + c), s / (s + r)] for s, c, r in lengths]).reshape(-1, 2)
+    return hidden, segments, torch.from_numpy(weight).float()
+
+
+def exact_pairs(hidden: torch.Tensor, segments: torch.Tensor, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Chosen and rejected means, float64 [P, D] each, over all tokens of a side without a detour over shares."""
+    values, numbers = hidden.double().numpy(), segments.numpy()
+    sides = []
+    for own in (1, 2):
+        means = [values[np.isin(numbers, [3 * pair, 3 * pair + own])].mean(axis=0) for pair in range(count)]
+        sides.append(np.array(means).reshape(count, hidden.shape[1]))
+    return sides[0], sides[1]
+
+
+LENGTHS = [(0, 3, 5), (4, 1, 2), (7, 6, 1)]
+
+
+def _check_pairs(pool: Callable[..., PooledDifference], dtype: Any = "float32") -> None:
+    hidden, segments, weight = pair_pack(np.random.default_rng(6), LENGTHS, 33, torch.float32)
+    chosen, rejected = exact_pairs(hidden, segments, len(LENGTHS))
+    pooled = pool(hidden, segments, len(LENGTHS), shared_weight=weight, dtype=dtype, sides=True)
+    assert pooled.chosen is not None
+    assert pooled.rejected is not None
+    step = {"float32": 2.0**-22, "float16": 2.0**-11, "bfloat16": 2.0**-8}[dtype]
+    for actual, expected in ((pooled.diff, chosen - rejected), (pooled.chosen, chosen), (pooled.rejected, rejected)):
+        assert actual.dtype == getattr(torch, dtype)
+        np.testing.assert_allclose(actual.double(), expected, rtol=1.01 * step, atol=3e-5)
+    # Before rounding: the stored difference's own norm is further away.
+    np.testing.assert_allclose(pooled.norm, np.linalg.norm(chosen - rejected, axis=1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_pooled_differences_are_those_of_all_tokens(dtype: str) -> None:
+    _check_pairs(pooled_difference, dtype)
+
+
+def _spoiled(change: Callable[[PooledDifference], dict[str, Any]]) -> Callable[..., PooledDifference]:
+    def pool(*arguments: Any, **settings: Any) -> PooledDifference:
+        pooled = pooled_difference(*arguments, **settings)
+        return PooledDifference(
+            **{"diff": pooled.diff, "norm": pooled.norm, "chosen": pooled.chosen, "rejected": pooled.rejected}
+            | change(pooled)
+        )
+
+    return pool
+
+
+PAIR_MUTATIONS: dict[str, Callable[..., PooledDifference]] = {
+    "sides swapped": _spoiled(lambda pooled: {"chosen": pooled.rejected, "rejected": pooled.chosen}),
+    "difference reversed": _spoiled(lambda pooled: {"diff": -pooled.diff}),
+    "norm of the rounded difference": _spoiled(
+        lambda pooled: {"norm": pooled.diff.bfloat16().double().norm(dim=1).float()}
+    ),
+    "shared tokens left out": lambda *arguments, **settings: pooled_difference(
+        *arguments, **settings | {"shared_weight": None}
+    ),
+    "shares swapped": lambda *arguments, shared_weight, **settings: pooled_difference(
+        *arguments, shared_weight=shared_weight.flip(1).contiguous(), **settings
+    ),
+}
+
+
+@pytest.mark.parametrize("mutation", sorted(PAIR_MUTATIONS))
+def test_mutations_of_pooled_differences_are_caught(mutation: str) -> None:
+    with pytest.raises(AssertionError):
+        _check_pairs(PAIR_MUTATIONS[mutation])
+
+
+def test_pairs_without_tokens_or_columns() -> None:
+    empty = torch.zeros(0, dtype=torch.int64)
+    pooled = pooled_difference(torch.ones(0, 3), empty, 2)
+    assert torch.isnan(pooled.diff).all()
+    assert torch.isnan(pooled.norm).all()
+    assert pooled.chosen is None
+    assert pooled_difference(torch.ones(0, 3), empty, 0).diff.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dtype": "int8"}, "int8"),
+        ({"shared_weight": torch.ones(1, 3)}, r"\(1, 2\)"),
+        ({"shared_weight": torch.ones(1, 2).double()}, "float64"),
+        ({"shared_weight": torch.ones(1, 2, device="meta")}, "meta"),
+        ({"n_pairs": -1}, "negative"),
+        ({"impl": "numba"}, "numba"),
+    ],
+)
+def test_unusable_settings_of_pooled_differences_are_refused(settings: dict[str, Any], message: str) -> None:
+    arguments = {"n_pairs": 1} | settings
+    with pytest.raises(ConfigError, match=message):
+        pooled_difference(torch.ones(2, 2), torch.tensor([1, 2]), **arguments)
