@@ -6,20 +6,23 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
+CASES = ("triton_cases", "triton_topk_cases")
+
 pytest.importorskip("triton")
 
 
-def _run_cases(**environment: str) -> None:
+def _run_cases(cases: str, **environment: str) -> None:
     # The kernels decide at import whether they are interpreted: only a process of their own is sure to do so.
     inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/triton_cases.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"tests/kernels/{cases}.py"],
         cwd=ROOT,
         env=inherited | environment,
         capture_output=True,
@@ -31,37 +34,51 @@ def _run_cases(**environment: str) -> None:
     assert "skipped" not in run.stdout
 
 
-def test_kernels_in_the_interpreter() -> None:
-    _run_cases(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+@pytest.mark.parametrize("cases", CASES)
+def test_kernels_in_the_interpreter(cases: str) -> None:
+    _run_cases(cases, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+
+
+BUILDS = (
+    {"kernel": "stream", "dtype": "float16", "directions": 1},
+    {"kernel": "stream", "dtype": "float16", "directions": 1, "capability": 80, "minus": True, "topk": True},
+    {"kernel": "stream", "dtype": "float32", "directions": 4, "capability": 80},
+    {"kernel": "stream", "dtype": "bfloat16", "directions": 0},
+    {"kernel": "stream", "dtype": "int8", "directions": 1, "norms": True},
+    {"kernel": "matrix", "dtype": "float16", "directions": 8},
+    {"kernel": "matrix", "dtype": "float16", "directions": 1000, "topk": True},
+    {"kernel": "matrix", "dtype": "float16", "directions": 1000, "capability": 80},
+    {"kernel": "matrix", "dtype": "bfloat16", "directions": 1000},
+    {"kernel": "matrix", "dtype": "float32", "directions": 1000, "width": 1023, "capability": 80},
+    {"kernel": "matrix", "dtype": "float32", "directions": 17, "minus": True},
+    {"kernel": "matrix", "dtype": "int8", "directions": 1000},
+    {"kernel": "pooling", "dtype": "bfloat16", "directions": 0, "capability": 80},
+    {"kernel": "pooling", "dtype": "bfloat16", "directions": 0, "minus": True},
+    {"kernel": "pooling", "dtype": "float16", "directions": 0, "minus": True},
+)
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter does not compile")
-def test_kernels_compile_for_a_gpu_where_there_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from triton import compile as triton_compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from pairtrace.kernels import cosine_triton, pooling_triton
+@pytest.mark.parametrize("settings", BUILDS, ids=lambda settings: "-".join(map(str, settings.values())))
+def test_kernels_compile_for_a_gpu_where_there_is_none(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from tests.kernels.triton_builds import SHARED_BYTES, Build, compiled
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    target = GPUTarget("cuda", 80, 32)
-    integers = dict.fromkeys(("N", "K", "D", "row_stride"), "i32")
-    for words, directions in (("*fp16", 1), ("*i16", 64)):
-        blocks = dict(zip(("BLOCK_N", "BLOCK_K", "BLOCK_D"), cosine_triton._block_sizes(directions, 4096), strict=True))
-        constants = {"column_stride": 1, "HAS_NORMS": directions > 1, **blocks}
-        pointers = {"rows_ptr": words, **dict.fromkeys(("units_ptr", "norms_ptr", "out_ptr"), "*fp32")}
-        signature = pointers | integers | dict.fromkeys(constants, "constexpr")
-        compiled = triton_compile(ASTSource(cosine_triton._cosine_kernel, signature, constants), target=target)
-        assert compiled.asm["cubin"]
-    constants = {"column_stride": 1, "segment_stride": 1, "BLOCK_T": 32, "BLOCK_D": 128}
-    signature = {"hidden_ptr": "*bf16", "segment_ptr": "*i64", "first_ptr": "*i64", "last_ptr": "*i64"}
-    signature |= {"mean_ptr": "*fp32", "D": "i32", "token_stride": "i32"} | dict.fromkeys(constants, "constexpr")
-    assert triton_compile(ASTSource(pooling_triton._segment_mean_kernel, signature, constants), target=target).asm[
-        "cubin"
-    ]
+    build = Build(**settings)
+    kernel = compiled(build)
+    assert kernel.asm["cubin"]
+    assert kernel.metadata.shared <= SHARED_BYTES[build.capability]
+    if build.kernel == "pooling":
+        return
+    assert "cp.async.cg.shared.global" in kernel.asm["ptx"], "rows are not copied 16 bytes at a time ahead of their use"
+    if build.kernel == "matrix" and build.capability == 90:
+        assert "wgmma" in kernel.asm["ptx"], "no tensor core instruction of its GPU"
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_kernels_on_the_gpu() -> None:
-    _run_cases()
+@pytest.mark.parametrize("cases", CASES)
+def test_kernels_on_the_gpu(cases: str) -> None:
+    _run_cases(cases)
