@@ -72,13 +72,27 @@ def _score(
     out: Annotated[str, typer.Option(help="Scores table to write (.parquet).")],
     layer: Annotated[int | None, typer.Option(help="Residual layer [default: the deepest common one].")] = None,
     allow_incomplete: Annotated[bool, typer.Option("--allow-incomplete", help="Score the finished rows.")] = False,
+    checksum: Annotated[bool, typer.Option(help="Compare the checksum of every shard that is read.")] = True,
+    keep_top: Annotated[
+        int | None, typer.Option(help="Keep the best rows of each behaviour only, for thousands of behaviours.")
+    ] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler whose workers score the shards.")
+    ] = None,
     json: Json = False,
 ) -> Answer:
     """Score every pair against behaviour directions: cosine, or the maximum over a bank."""
     from pairtrace.engine.score import ScoreConfig, score
 
     config = ScoreConfig(
-        store=store, directions=tuple(behaviors), out=out, layer=layer, allow_incomplete=allow_incomplete
+        store=store,
+        directions=tuple(behaviors),
+        out=out,
+        layer=layer,
+        allow_incomplete=allow_incomplete,
+        checksum=checksum,
+        keep_top=keep_top,
+        scheduler=scheduler,
     )
     return Answer(score(config, progress()).to_dict(), json)
 

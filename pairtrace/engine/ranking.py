@@ -95,7 +95,8 @@ def top(
         data: the data that the store was made from; None takes the path that the store recorded.
         behavior: name; may be left out when the file has one behaviour.
         k: pairs per end; no pair is shown twice.
-        ends: "top", "bottom", or "both" (the top first).
+        ends: "top", "bottom", or "both" (the top first). A file with the best rows only has no bottom: "both" is
+            its top.
         split: of a data set that has several.
 
     Returns:
@@ -111,8 +112,10 @@ def top(
         raise ConfigError(f"-k is {k}; expected at least 1")
     if ends not in ("both", "top", "bottom"):
         raise ConfigError(f"--end is {ends!r}; expected both, top or bottom")
-    table = ScoresTable.open(scores)
+    table = ScoresTable.open(scores, allow_top=True)
     name = table.choose(behavior)
+    if table.keep_top is not None:
+        ends = _only_top(table, k, ends)
     source = open_scored_data(table, data, split)
     ranks = table.ranks(name)
     count = int(ranks.max(initial=0))
@@ -151,6 +154,21 @@ def top(
     return result
 
 
+def _only_top(table: ScoresTable, k: int, ends: Ends) -> Ends:
+    """The end that a file with the best rows only can show; ConfigError where it is not the one asked for."""
+    if ends == "bottom":
+        raise ConfigError(
+            f"{table.path} holds only the top {table.keep_top} rows of each behaviour; score without --keep-top for "
+            "--end bottom"
+        )
+    if table.keep_top is not None and k > table.keep_top:
+        raise ConfigError(
+            f"-k is {k}, but {table.path} holds only the top {table.keep_top} rows of each behaviour; score again with "
+            f"--keep-top {k}"
+        )
+    return "top"
+
+
 def sources(
     scores: str | Path,
     behavior: str | None = None,
@@ -169,7 +187,8 @@ def sources(
         confidence: of the intervals.
 
     Raises:
-        ConfigError: `k`, `confidence` or `behavior` cannot be used, or no pair has a rank.
+        ConfigError: `k`, `confidence` or `behavior` cannot be used, no pair has a rank, or the file holds only the
+            best rows.
         DataFormatError: not a scores file.
     """
     table = ScoresTable.open(scores)

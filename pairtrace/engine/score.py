@@ -7,20 +7,25 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pairtrace.engine.directions import Direction, load_directions
+from pairtrace.engine.directions import Direction
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
-from pairtrace.engine.scores_table import SCHEMA_VERSION, write_scores
+from pairtrace.engine.score_blocks import Scorer, local_scores
+from pairtrace.engine.score_cluster import cluster_scores
+from pairtrace.engine.score_directions import select_directions
+from pairtrace.engine.score_tally import AllScores, Tally, TopScores
+from pairtrace.engine.scores_table import SCHEMA_VERSION, TOP_SCHEMA_VERSION
+from pairtrace.engine.scores_writer import PairNames, write_scores
 from pairtrace.engine.versions import library_versions
-from pairtrace.errors import ConfigError, DirectionError, LayerError
-from pairtrace.kernels.cosine import cosine_max, cosine_scores
+from pairtrace.errors import ConfigError
 from pairtrace.store.reader import ActivationStore
 
 logger = logging.getLogger(__name__)
@@ -38,6 +43,10 @@ class ScoreConfig:
         out: parquet file to write.
         layer: residual layer; None takes the deepest one that the store and every behaviour have.
         allow_incomplete: score the finished rows of a store that still misses some.
+        checksum: compare the checksum of every shard that is read.
+        keep_top: keep only this many of the best rows of each behaviour, so that the scores of all rows with all
+            behaviours never exist; None keeps all.
+        scheduler: address of a Dask scheduler whose workers score the shards; None scores them here.
     """
 
     store: str
@@ -45,17 +54,22 @@ class ScoreConfig:
     out: str
     layer: int | None = None
     allow_incomplete: bool = False
+    checksum: bool = True
+    keep_top: int | None = None
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         if not self.directions:
             raise ConfigError("no direction file was given; expected at least one")
         if not self.out.endswith(".parquet"):
             raise ConfigError(f"--out is {self.out!r}; scores files are parquet and end in .parquet")
+        if self.keep_top is not None and self.keep_top < 1:
+            raise ConfigError(f"--keep-top is {self.keep_top}; expected at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BehaviorScores:
-    """Scores of one behaviour.
+    """Scores of one behaviour, over all rows.
 
     Attributes:
         name: of the behaviour.
@@ -84,6 +98,7 @@ class ScoreSummary:
         out: the scores file.
         layer: the layer that was used.
         rows: N.
+        kept: rows in the scores file.
         scored: rows with a score.
         quarantined: rows that the store quarantined.
         undefined: rows whose vector is zero or not finite; their score is NaN.
@@ -96,6 +111,7 @@ class ScoreSummary:
     out: str
     layer: int
     rows: int
+    kept: int
     scored: int
     quarantined: int
     undefined: int
@@ -117,145 +133,76 @@ def score(config: ScoreConfig, progress: Progress = NULL_PROGRESS) -> ScoreSumma
             twice.
         LayerError: no layer is common to the store and the behaviours.
         StoreError: the store cannot be read, or is incomplete and `allow_incomplete` is False.
-        ConfigError: the scores file cannot be written.
+        ConfigError: the scores file cannot be written, or the cluster cannot be used.
+        MissingDependencyError: `scheduler` without Dask.
     """
     begun = time.perf_counter()
     store = ActivationStore.open(config.store, allow_incomplete=config.allow_incomplete)
     layer, directions = select_directions(store, config.directions, config.layer)
-    scores = score_rows(store, layer, directions, progress)
     status = store.status()
     usable = status == _OK
+    tally: Tally = (
+        AllScores(len(directions), usable)
+        if config.keep_top is None
+        else TopScores(len(directions), usable, config.keep_top)
+    )
+    # Small files meanwhile: from a disk, waiting for them one by one would take as long as reading a large part.
+    with ThreadPoolExecutor(1, thread_name_prefix="pairtrace-names") as pool:
+        reading = pool.submit(PairNames.read, store)
+        _run(_blocks(config, store, layer, directions), tally, usable, progress)
+        names = reading.result()
+    statistics = [tally.statistics(column) for column in range(len(directions))]
+    rows = tally.rows()
     counts = {
         "rows": store.rows,
-        "scored": int(np.isfinite(next(iter(scores.values()))).sum()),
+        "kept": len(rows),
+        "scored": statistics[0].scored,
         "quarantined": int((status == _QUARANTINED).sum()),
-        "undefined": int((usable & np.isnan(next(iter(scores.values())))).sum()),
+        "undefined": statistics[0].undefined,
         "missing": int((status == _MISSING).sum()),
     }
-    manifest = _manifest(config, store, layer, directions, counts)
-    write_scores(config.out, store.pair_ids(), store.sources(), scores, usable, manifest)
+    rankings = {direction.name: tally.ranking(column) for column, direction in enumerate(directions)}
+    write_scores(config.out, names, rows, rankings, _manifest(config, store, layer, directions, counts, tally))
     seconds = time.perf_counter() - begun
     return ScoreSummary(
         out=config.out,
         layer=layer,
         **counts,
-        behaviors=tuple(_describe(direction, scores[direction.name], usable) for direction in directions),
+        behaviors=tuple(
+            BehaviorScores(
+                name=direction.name,
+                kind=direction.kind,
+                directions=len(direction.values),
+                mean=found.mean,
+                lowest=found.lowest,
+                highest=found.highest,
+                undefined=found.undefined,
+                top_row=found.top_row,
+            )
+            for direction, found in zip(directions, statistics, strict=True)
+        ),
         seconds=seconds,
         rows_per_second=store.rows / seconds,
     )
 
 
-def select_directions(store: ActivationStore, paths: Sequence[str], layer: int | None) -> tuple[int, list[Direction]]:
-    """Load the direction files for one layer of the store.
-
-    Returns:
-        The layer, and the behaviours at that layer with unique names.
-
-    Raises:
-        DirectionError, LayerError: see `score`.
-    """
-    if layer is not None and layer not in store.layers:
-        raise LayerError(f"layer {layer} is not in {store.path}, which holds layers {list(store.layers)}")
-    chosen = _deepest_common_layer(store, paths) if layer is None else layer
-    found: dict[str, Direction] = {}
-    for path in paths:
-        loaded = load_directions(
-            path,
-            layer=chosen,
-            width=store.width,
-            model_fingerprint=store.manifest.model_fingerprint,
-            tokenizer_fingerprint=store.manifest.tokenizer_fingerprint,
-        )
-        for direction in loaded:
-            if direction.name in found:
-                raise DirectionError(
-                    f"the behaviour {direction.name!r} is in {found[direction.name].origin} and in {path}; "
-                    "names must be unique: rename one with --name when building it, or rename the file"
-                )
-            expected = store.manifest.template_fingerprint
-            if direction.template_fingerprint not in (None, expected):
-                logger.warning(
-                    "%s: %r was made with another chat template (%s) than the store (%s)",
-                    path, direction.name, direction.template_fingerprint, expected,
-                )  # fmt: skip
-            found[direction.name] = replace(direction, layer=chosen)
-    return chosen, list(found.values())
+def _blocks(
+    config: ScoreConfig, store: ActivationStore, layer: int, directions: Sequence[Direction]
+) -> Iterator[tuple[int, np.ndarray]]:
+    scorer = Scorer.of(directions, store.manifest.dtype)
+    if config.scheduler is None:
+        return local_scores(store, layer, scorer, checksum=config.checksum)
+    return cluster_scores(config.scheduler, store, layer, scorer, checksum=config.checksum)
 
 
-def _deepest_common_layer(store: ActivationStore, paths: Sequence[str]) -> int:
-    common = set(store.layers)
-    told = False
-    listed = []
-    for path in paths:
-        by_name: dict[str, set[int]] = {}
-        for direction in load_directions(path):
-            if direction.layer is not None:
-                by_name.setdefault(direction.name, set()).add(direction.layer)
-        for name, layers in by_name.items():
-            common &= layers
-            told = True
-            listed.append(f"{name} in {path}: {sorted(layers)}")
-    if not common:
-        raise LayerError(
-            f"no layer is common to the store ({list(store.layers)}) and all behaviours ({'; '.join(listed)}); "
-            "build the behaviours again with one of the store's layers"
-        )
-    if not told and len(common) > 1:
-        raise LayerError(
-            f"{', '.join(paths)} do not say which layer they belong to, and the store holds layers "
-            f"{list(store.layers)}; choose one with --layer"
-        )
-    return max(common)
-
-
-def score_rows(
-    store: ActivationStore,
-    layer: int,
-    directions: Sequence[Direction],
-    progress: Progress = NULL_PROGRESS,
-) -> dict[str, np.ndarray]:
-    """Scores per behaviour, float32 [N]: cosine, or its maximum over a bank; NaN where there is none.
-
-    Args:
-        store: finished shards are read once, in order.
-        layer: a layer of the store.
-        directions: at that layer, with unique names.
-        progress: counts rows.
-    """
-    vectors = [direction for direction in directions if direction.kind == "vector"]
-    banks = [direction for direction in directions if direction.kind == "bank"]
-    stacked = np.concatenate([direction.values for direction in vectors]) if vectors else None
-    row_dtype: Any = "bfloat16" if store.manifest.dtype == "bfloat16" else None
-    scores = {direction.name: np.full(store.rows, np.nan, np.float32) for direction in directions}
-    progress.start("score", store.rows, "pairs")
-    for start, rows in store.blocks(layer):
-        stop = start + len(rows)
-        if stacked is not None:
-            block = cosine_scores(rows, stacked, row_dtype=row_dtype)
-            for column, direction in enumerate(vectors):
-                scores[direction.name][start:stop] = block[:, column]
-        for direction in banks:
-            scores[direction.name][start:stop] = cosine_max(rows, direction.values, row_dtype=row_dtype)
-        progress.advance(len(rows))
+def _run(blocks: Iterator[tuple[int, np.ndarray]], tally: Tally, usable: np.ndarray, progress: Progress) -> None:
+    progress.start("score", len(usable), "pairs")
+    for start, block in blocks:
+        # Whatever the rows of a quarantined pair hold, it has no score.
+        block[~usable[start : start + len(block)]] = np.nan
+        tally.add(start, block)
+        progress.advance(len(block))
     progress.finish()
-    unusable = store.status() != _OK
-    for values in scores.values():
-        values[unusable] = np.nan
-    return scores
-
-
-def _describe(direction: Direction, scores: np.ndarray, usable: np.ndarray) -> BehaviorScores:
-    defined = scores[~np.isnan(scores)].astype(np.float64)
-    return BehaviorScores(
-        name=direction.name,
-        kind=direction.kind,
-        directions=len(direction.values),
-        mean=float(defined.mean()) if defined.size else None,
-        lowest=float(defined.min()) if defined.size else None,
-        highest=float(defined.max()) if defined.size else None,
-        undefined=int((usable & np.isnan(scores)).sum()),
-        top_row=int(np.nanargmax(scores)) if defined.size else None,
-    )
 
 
 def _manifest(
@@ -264,9 +211,12 @@ def _manifest(
     layer: int,
     directions: Sequence[Direction],
     counts: dict[str, int],
+    tally: Tally,
 ) -> dict[str, Any]:
+    summaries = {direction.name: tally.summary(column) for column, direction in enumerate(directions)}
+    best = {} if tally.keep_top is None else {"keep_top": tally.keep_top, "summaries": summaries}
     return {
-        "schema_version": SCHEMA_VERSION,
+        "schema_version": SCHEMA_VERSION if tally.keep_top is None else TOP_SCHEMA_VERSION,
         "store": str(Path(config.store).absolute()) if "://" not in config.store else config.store,
         "store_manifest": store.manifest.to_json(),
         "layer": layer,
@@ -282,6 +232,7 @@ def _manifest(
         ],
         "behaviors": [direction.name for direction in directions],
         "counts": counts,
+        **best,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": library_versions(),
     }

@@ -2,7 +2,11 @@
 
 Parquet with the columns `row`, `pair_id` (hex), `source`, then per behaviour `score:{behavior}`, `rank:{behavior}`
 (1 is the highest) and `percentile:{behavior}`. A quarantined or missing pair has null scores; a pair without a
-cosine has a NaN score; neither has a rank. Legend: N pairs.
+cosine has a NaN score; neither has a rank.
+
+A file made with `--keep-top k` has only the rows that are among the k best of some behaviour; a behaviour is null in
+the other rows. Ranks and percentiles are those among all pairs. Its manifest says `keep_top`, and under `summaries` how
+the scores of all pairs are distributed. Legend: N pairs.
 """
 
 from __future__ import annotations
@@ -17,71 +21,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pairtrace.engine.atomic import replacing
 from pairtrace.errors import ConfigError, DataFormatError
 
 METADATA_KEY = b"pairtrace"
-ROW_GROUP = 65_536
-SCHEMA_VERSION = 1
-_COLUMNS: dict[str, pa.DataType] = {"row": pa.int64(), "pair_id": pa.string(), "source": pa.string()}
+# Of a file with all rows, and of one with the best only, which older readers must not take for the former.
+SCHEMA_VERSION, TOP_SCHEMA_VERSION = 1, 2
+FILE_COLUMNS: dict[str, pa.DataType] = {"row": pa.int64(), "pair_id": pa.string(), "source": pa.string()}
 
 
-def _behavior_columns(name: str) -> dict[str, pa.DataType]:
+def behavior_columns(name: str) -> dict[str, pa.DataType]:
+    """Columns of one behaviour."""
     return {f"score:{name}": pa.float32(), f"rank:{name}": pa.int64(), f"percentile:{name}": pa.float32()}
-
-
-def rank_rows(scores: np.ndarray) -> np.ndarray:
-    """Ranks of float32 [N] scores, int64 [N]: 1 is the highest score, ties go by row, 0 stands for no score."""
-    scored = np.flatnonzero(~np.isnan(scores))
-    ranks = np.zeros(len(scores), np.int64)
-    ranks[scored[np.argsort(-scores[scored], kind="stable")]] = np.arange(1, len(scored) + 1)
-    return ranks
-
-
-def write_scores(
-    path: str | Path,
-    identifiers: np.ndarray,
-    sources: np.ndarray,
-    scores: dict[str, np.ndarray],
-    usable: np.ndarray,
-    manifest: dict[str, Any],
-) -> None:
-    """Write a scores file row group by row group; it appears when it is complete.
-
-    Args:
-        path: of the parquet file.
-        identifiers: uint8 [N, 16] content hashes.
-        sources: object [N] of strings.
-        scores: per behaviour float32 [N].
-        usable: bool [N]; False where the pair has no activations (null score).
-        manifest: how the scores were made; `behaviors` lists their names.
-
-    Raises:
-        ConfigError: the file cannot be written.
-    """
-    fields = dict(_COLUMNS)
-    for name in scores:
-        fields |= _behavior_columns(name)
-    schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(manifest, sort_keys=True).encode()})
-    ranks = {name: rank_rows(values) for name, values in scores.items()}
-    ranked = {name: max(1, int((values > 0).sum())) for name, values in ranks.items()}
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
-        for start in range(0, len(usable), ROW_GROUP):
-            span = slice(start, min(start + ROW_GROUP, len(usable)))
-            columns: list[pa.Array[Any]] = [
-                pa.array(np.arange(span.start, span.stop)),
-                pa.array([identifier.tobytes().hex() for identifier in identifiers[span]], pa.string()),
-                pa.array(sources[span], pa.string()),
-            ]
-            for name, values in scores.items():
-                rank, count = ranks[name][span], ranked[name]
-                percentile = (100.0 * (count - rank + 1) / count).astype(np.float32)
-                columns += [
-                    pa.array(values[span], mask=~usable[span]),
-                    pa.array(rank, mask=rank == 0),
-                    pa.array(percentile, mask=rank == 0),
-                ]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
 
 
 @dataclass(frozen=True)
@@ -92,18 +42,25 @@ class ScoresTable:
         path: of the file.
         manifest: how the scores were made.
         behaviors: names, in file order.
+        keep_top: best rows of each behaviour that the file holds; None for a file with all rows.
     """
 
     path: str
     manifest: dict[str, Any]
     behaviors: tuple[str, ...]
+    keep_top: int | None = None
 
     @classmethod
-    def open(cls, path: str | Path) -> ScoresTable:
+    def open(cls, path: str | Path, *, allow_top: bool = False) -> ScoresTable:
         """Read names and manifest.
+
+        Args:
+            path: of the file.
+            allow_top: accept a file that holds only the best rows of each behaviour.
 
         Raises:
             DataFormatError: not a scores file.
+            ConfigError: the file holds only the best rows and `allow_top` is False.
         """
         try:
             schema = pq.read_schema(path)
@@ -111,10 +68,11 @@ class ScoresTable:
             raise DataFormatError(f"cannot read the scores file {path}: {error}") from error
         metadata = (schema.metadata or {}).get(METADATA_KEY)
         behaviors = tuple(name.removeprefix("score:") for name in schema.names if name.startswith("score:"))
-        expected = dict(_COLUMNS)
+        expected = dict(FILE_COLUMNS)
         for name in behaviors:
-            expected |= _behavior_columns(name)
-        wrong = [name for name, kind in expected.items() if name not in schema.names or schema.field(name).type != kind]
+            expected |= behavior_columns(name)
+        types = dict(zip(schema.names, schema.types, strict=True))
+        wrong = [name for name, kind in expected.items() if types.get(name) != kind]
         if metadata is None or wrong or not behaviors:
             detail = f"; missing or of another type: {', '.join(wrong)}" if wrong else ""
             raise DataFormatError(
@@ -126,12 +84,18 @@ class ScoresTable:
         except ValueError as error:
             raise DataFormatError(f"{path} is not a scores file: its manifest is not valid JSON: {error}") from error
         version = manifest.get("schema_version") if isinstance(manifest, dict) else None
-        if version != SCHEMA_VERSION:
+        keep_top = manifest.get("keep_top") if version == TOP_SCHEMA_VERSION else None
+        if version != SCHEMA_VERSION and not isinstance(keep_top, int):
             raise DataFormatError(
                 f"{path} is not a scores file of this version: its schema version is {version!r}, expected "
                 f"{SCHEMA_VERSION}; make it again with pairtrace score"
             )
-        return cls(str(path), manifest, behaviors)
+        if keep_top is not None and not allow_top:
+            raise ConfigError(
+                f"{path} holds only the top {keep_top} rows of each behaviour (it was made with --keep-top), but all "
+                "rows are needed here; score again without --keep-top"
+            )
+        return cls(str(path), manifest, behaviors, keep_top)
 
     def choose(self, behavior: str | None) -> str:
         """The behaviour of that name, or the only one.
@@ -147,7 +111,7 @@ class ScoresTable:
         return behavior
 
     def read(self, columns: Sequence[str]) -> pa.Table:
-        """Some columns, all rows.
+        """Some columns, all rows of the file.
 
         Raises:
             DataFormatError: the file is damaged.
@@ -158,7 +122,7 @@ class ScoresTable:
             raise DataFormatError(f"{self.path} is damaged: {error}") from error
 
     def ranks(self, behavior: str) -> np.ndarray:
-        """int64 [N]; 0 where the pair has no rank."""
+        """int64 [rows of the file]; 0 where the pair has no rank."""
         column = self.read([f"rank:{behavior}"]).column(0)
         filled = column.fill_null(pa.scalar(0, pa.int64()))
         return np.asarray(filled.to_numpy(), dtype=np.int64)

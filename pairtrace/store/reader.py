@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
-from typing import TypedDict, TypeVar
+from typing import TYPE_CHECKING, TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from pairtrace.errors import ConfigError, LayerError, StoreIncompleteError
 from pairtrace.kernels.int8 import ScaledRows
 from pairtrace.store.advice import resume_advice
 from pairtrace.store.chunks import read_chunk, read_strings
+from pairtrace.store.dask_view import dask_rows
 from pairtrace.store.layout import MISSING, OK, QUARANTINED, ROW_ARRAYS, ArraySpec, array_specs
 from pairtrace.store.location import LocalLocation, Location, StorePath, open_location
 from pairtrace.store.lock import LOCK_KEY
@@ -28,6 +29,9 @@ from pairtrace.store.manifest import Manifest
 from pairtrace.store.metadata import require_manifest
 from pairtrace.store.read_ahead import ahead
 from pairtrace.store.rows import RowReader, read_mark
+
+if TYPE_CHECKING:
+    import dask.array
 
 Chunk = TypeVar("Chunk")
 
@@ -250,6 +254,32 @@ class ActivationStore:
             )
         return self._reader.take(spec.name, wanted, checksum=checksum)
 
+    def dask(self, layer: int, array: str = "diff", *, checksum: bool = True) -> dask.array.Array:
+        """The rows of one layer as a Dask array, one chunk per shard.
+
+        A task opens its shard by the store's path, which every worker must see.
+
+        Args:
+            layer: a layer of the store.
+            array: "diff", or "chosen" or "rejected" in a store with sides.
+            checksum: compare the checksum of a shard when a worker reads it for the first time.
+
+        Returns:
+            [N, D] in chunks of [S, D], the last one shorter; float16 for a float16 store, otherwise float32 (Dask
+            has no bfloat16, and int8 rows are decoded). Rows that a store opened with `allow_incomplete` lacks
+            are NaN, those of quarantined pairs zero.
+
+        Raises:
+            LayerError: the layer is not in the store.
+            ConfigError: the array is not in the store.
+            MissingDependencyError: Dask is not installed.
+            StoreDamagedError: when a chunk is computed that is missing, truncated, or differs from its checksum.
+        """
+        spec = self._row_spec(layer, array)
+        missing = sorted(set(range(spec.shards)) - set(self.finished_shards()))
+        path = str(self._location.root.absolute()) if isinstance(self._location, LocalLocation) else self.path
+        return dask_rows(path, self.manifest, spec.name, tuple(missing), checksum=checksum)
+
     def _iterate(
         self, spec: ArraySpec, step: int, checksum: bool, read_ahead: int
     ) -> Iterator[tuple[int, np.ndarray | ScaledRows]]:
@@ -267,18 +297,19 @@ class ActivationStore:
             return self._reader.vectors(spec.name, shard, checksum=checksum)
 
         if spec.codec is not None or not isinstance(self._location, LocalLocation):
-            yield from ahead(self._finished_shards(), load, count=read_ahead, threads=read_ahead)
+            yield from ahead(self.finished_shards(), load, count=read_ahead, threads=read_ahead)
             return
 
         def ask_for(shard: int) -> None:
             self._location.prefetch(spec.key(shard))
 
-        for shard, _ in ahead(self._finished_shards(), ask_for, count=read_ahead, threads=1):
+        for shard, _ in ahead(self.finished_shards(), ask_for, count=read_ahead, threads=1):
             # The checksum is compared here, not ahead: what it has read is still in the processor's cache when the
             # consumer reads it.
             yield shard, load(shard)
 
-    def _finished_shards(self) -> list[int]:
+    def finished_shards(self) -> list[int]:
+        """Numbers of the shards that were marked when the store was opened, ascending."""
         spec = self._specs["status"]
         return np.flatnonzero(self._status[:: spec.shard_rows] != MISSING).tolist()
 
@@ -298,7 +329,7 @@ class ActivationStore:
         """The chunks of a small array in order; those of an object store are waited for side by side."""
         count = 0 if isinstance(self._location, LocalLocation) else _REMOTE_REQUESTS
         return ahead(
-            self._finished_shards(),
+            self.finished_shards(),
             lambda shard: read(self._location, spec, shard),
             count=count,
             threads=_REMOTE_REQUESTS,

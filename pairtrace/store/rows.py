@@ -24,9 +24,13 @@ class RowReader:
     Unlike `ActivationStore`, it keeps no record of what was finished when it was opened: the mark of a shard
     is read when one of its rows is asked for. Of checksums it remembers which ones it has compared, so a
     chunk that was read with its checksum once must not be written again.
+
+    Attributes:
+        manifest: what the store was made from.
     """
 
     def __init__(self, location: Location, manifest: Manifest) -> None:
+        self.manifest = manifest
         self._location = location
         self._specs = array_specs(manifest)
         self._checked: set[tuple[str, int]] = set()

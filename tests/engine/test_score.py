@@ -11,10 +11,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from pairtrace.engine import score as score_module
+from pairtrace.engine import score_blocks
 from pairtrace.engine.directions import Direction, save_directions
 from pairtrace.engine.score import ScoreConfig, score
-from pairtrace.engine.scores_table import ScoresTable, rank_rows
+from pairtrace.engine.scores_table import ScoresTable
+from pairtrace.engine.scores_writer import rank_rows
 from pairtrace.errors import ConfigError, DataFormatError, DirectionError, LayerError, StoreIncompleteError
 from tests.engine.small_store import MODEL, TEMPLATE, TOKENIZER, SmallStore, any_values, make_store, reference_cosine
 
@@ -74,9 +75,9 @@ def test_scores_equal_the_definition_in_float64(tmp_path: Path, dtype: str) -> N
 def test_a_bank_whose_maximum_starts_at_zero_would_be_noticed(
     store: SmallStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = score_module.cosine_max
+    honest = score_blocks.cosine_max
     monkeypatch.setattr(
-        score_module, "cosine_max", lambda rows, bank, **options: np.maximum(honest(rows, bank, **options), 0)
+        score_blocks, "cosine_max", lambda rows, bank, **options: np.maximum(honest(rows, bank, **options), 0)
     )
     bank = any_values(2, 5, 24)
     file = behavior_file(tmp_path / "b.safetensors", ("harm", 5, bank))
@@ -112,14 +113,17 @@ def test_ties_go_by_row() -> None:
     scores = np.array([0.5, np.nan, 0.9, 0.5, -1, 0.9, 0.5], np.float32)
     assert rank_rows(scores).tolist() == [3, 0, 1, 4, 6, 2, 5]
     assert rank_rows(np.full(3, np.nan, np.float32)).tolist() == [0, 0, 0]
-    many = np.random.default_rng(0).integers(0, 5, 10_000).astype(np.float32)
-    assert rank_rows(many).tolist() == pd.Series(many).rank(ascending=False, method="first").tolist()
+    rng = np.random.default_rng(0)
+    any_bits = rng.integers(0, 2**32, 10_000, dtype=np.uint32).view(np.float32)
+    signed_zeros = np.array([0.0, -0.0, 0.0, -1e-45, 1e-45, -0.0], np.float32)
+    for many in (rng.integers(-2, 3, 10_000).astype(np.float32), any_bits[np.isfinite(any_bits)], signed_zeros):
+        assert rank_rows(many).tolist() == pd.Series(many).rank(ascending=False, method="first").tolist()
 
 
 def test_row_groups_do_not_change_the_file(store: SmallStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = behavior_file(tmp_path / "b.safetensors", ("harm", 5, any_values(1, 24)))
     run(store, tmp_path / "one.parquet", file)
-    monkeypatch.setattr("pairtrace.engine.scores_table.ROW_GROUP", 37)
+    monkeypatch.setattr("pairtrace.engine.scores_writer.ROW_GROUP", 37)
     run(store, tmp_path / "many.parquet", file)
     assert pq.ParquetFile(tmp_path / "many.parquet").num_row_groups == 9
     # NaN differs from itself in Table.equals: compare as bytes.
@@ -264,7 +268,7 @@ def test_files_with_our_key_but_other_content_are_no_scores_files(store: SmallSt
     for metadata, message in (
         (b"{", "not valid JSON"),
         (b"[1]", "schema version is None"),
-        (b'{"schema_version": 2}', "schema version is 2"),
+        (b'{"schema_version": 3}', "schema version is 3"),
     ):
         with pytest.raises(DataFormatError, match=message):
             ScoresTable.open(with_metadata(tmp_path / "s.parquet", metadata))

@@ -1,0 +1,69 @@
+"""Scores of one block of rows with every behaviour, wherever the block is: here or on a worker of a cluster.
+
+Legend: N pairs, n rows of a block, D width, K directions, B behaviours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pairtrace.engine.directions import Direction
+from pairtrace.kernels.cosine import cosine_max, cosine_scores
+from pairtrace.kernels.int8 import ScaledRows
+from pairtrace.store.reader import ActivationStore
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Scorer:
+    """All that a block of rows needs to get its scores.
+
+    Attributes:
+        vectors: float32 [K, D], the behaviours with one direction, scored together in one pass; None without any.
+        vector_columns: their columns in the result.
+        banks: float32 [K, D] per behaviour whose score is the maximum over its directions.
+        bank_columns: their columns in the result.
+        row_dtype: "bfloat16" for a store of that type, else None.
+    """
+
+    vectors: np.ndarray | None
+    vector_columns: tuple[int, ...]
+    banks: tuple[np.ndarray, ...]
+    bank_columns: tuple[int, ...]
+    row_dtype: Any
+
+    @classmethod
+    def of(cls, directions: Sequence[Direction], dtype: str) -> Scorer:
+        """For behaviours in the order of their columns, and the `dtype` of a store."""
+        single = [column for column, direction in enumerate(directions) if direction.kind == "vector"]
+        several = [column for column, direction in enumerate(directions) if direction.kind == "bank"]
+        return cls(
+            vectors=np.concatenate([directions[column].values for column in single]) if single else None,
+            vector_columns=tuple(single),
+            banks=tuple(directions[column].values for column in several),
+            bank_columns=tuple(several),
+            row_dtype="bfloat16" if dtype == "bfloat16" else None,
+        )
+
+    def scores(self, rows: np.ndarray | ScaledRows) -> np.ndarray:
+        """Cosine, or its maximum over a bank: float32 [n, B], NaN where a row has none.
+
+        The same rows give the same bits wherever and however often they are scored.
+        """
+        block = np.empty((len(rows), len(self.vector_columns) + len(self.banks)), np.float32)
+        if self.vectors is not None:
+            block[:, self.vector_columns] = cosine_scores(rows, self.vectors, row_dtype=self.row_dtype)
+        for column, bank in zip(self.bank_columns, self.banks, strict=True):
+            block[:, column] = cosine_max(rows, bank, row_dtype=self.row_dtype)
+        return block
+
+
+def local_scores(
+    store: ActivationStore, layer: int, scorer: Scorer, *, checksum: bool
+) -> Iterator[tuple[int, np.ndarray]]:
+    """First row and scores float32 [n, B] of the finished shards of a store, in order."""
+    for start, rows in store.blocks(layer, checksum=checksum):
+        yield start, scorer.scores(rows)
