@@ -10,8 +10,11 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from speed_tables import cosine_table, gpu_table, reuse_table, score_table, store_table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -91,7 +94,25 @@ def organism_table() -> str:
     return "\n".join(lines)
 
 
-TABLES = {"bench_extract": extract_table, "bench_organism": organism_table}
+def measured(name: str, table: Callable[[dict[str, Any]], str]) -> Callable[[], str]:
+    """The table of a record, or what stands there without one."""
+
+    def made() -> str:
+        content = load(name)
+        return f"`{name}.py`: not measured" if content is None else table(content)
+
+    return made
+
+
+TABLES = {
+    "bench_extract": extract_table,
+    "bench_organism": organism_table,
+    "bench_cosine": measured("bench_cosine", cosine_table),
+    "bench_gpu": measured("bench_gpu", gpu_table),
+    "bench_score_store": measured("bench_score_store", score_table),
+    "bench_store": measured("bench_store", store_table),
+    "bench_reuse": measured("bench_reuse", reuse_table),
+}
 
 
 def render(text: str) -> str:
