@@ -46,8 +46,13 @@ class Location(Protocol):
     def name(self) -> str:
         """The store's path or address, for messages."""
 
-    def read(self, key: str) -> RawBytes | None:
-        """The bytes of an object, read-only, or None when there is no such object."""
+    def read(self, key: str, *, mapped: bool = True) -> RawBytes | None:
+        """The bytes of an object, read-only, or None when there is no such object.
+
+        Args:
+            key: of the object.
+            mapped: map a local file, where that is possible, instead of copying it.
+        """
 
     def prefetch(self, key: str) -> None:
         """Have an object in memory by the time it is read, where that can be asked for; never fails."""
@@ -101,14 +106,16 @@ class LocalLocation:
         with _explain_read_errors(self.name):
             return self.root.is_dir()
 
-    def read(self, key: str) -> RawBytes | None:
-        """Map an object; nothing is read until it is looked at."""
+    def read(self, key: str, *, mapped: bool = True) -> RawBytes | None:
+        """Map an object, so that nothing is read until it is looked at, or copy it."""
         path = self.root / key
         try:
             with _opened(path) as handle:
                 size = os.fstat(handle).st_size
                 if size == 0:  # an empty file cannot be mapped
                     return np.empty(0, np.uint8)
+                if not mapped:
+                    return _copied(handle, size)
                 # Not numpy.memmap, which takes ten times as long for a small file.
                 return np.frombuffer(mmap.mmap(handle, size, access=mmap.ACCESS_READ), np.uint8)
         except (FileNotFoundError, NotADirectoryError):
@@ -217,7 +224,7 @@ class RemoteLocation:
         """The address."""
         return self.address
 
-    def read(self, key: str) -> RawBytes | None:
+    def read(self, key: str, *, mapped: bool = True) -> RawBytes | None:
         """Fetch an object."""
         from zarr.core.buffer import default_buffer_prototype
         from zarr.core.sync import sync
@@ -315,6 +322,18 @@ def _opened(path: Path) -> Iterator[int]:
         yield handle
     finally:
         os.close(handle)
+
+
+def _copied(handle: int, size: int) -> RawBytes:
+    """The first `size` bytes of a file, or fewer if it has become shorter meanwhile."""
+    raw = np.empty(size, np.uint8)
+    done = 0
+    while done < size:
+        count = os.preadv(handle, [raw[done:].data], done)
+        if count == 0:
+            break
+        done += count
+    return raw[:done]
 
 
 @contextmanager

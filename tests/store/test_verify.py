@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 from pairtrace.errors import StoreDamagedError, StoreError
 from pairtrace.store import verify as verify_module
 from pairtrace.store import writer as writer_module
-from pairtrace.store.layout import ArraySpec
+from pairtrace.store.chunks import decode, encode
+from pairtrace.store.layout import ArraySpec, array_specs
+from pairtrace.store.manifest import Manifest
 from pairtrace.store.verify import VerifyReport, verify
 from pairtrace.store.writer import ShardBlock, StoreWriter
 from tests.store.samples import cast, chunk_files, make_block, make_manifest, write_store
@@ -31,10 +34,11 @@ def one_problem(report: VerifyReport) -> str:
     return str(report.problems[0])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("codec", ["none", "zstd:3", "blosc-lz4:5"])
 @pytest.mark.parametrize("sides", [False, True])
-def test_a_sound_store(tmp_path: Path, dtype: str, sides: bool) -> None:
-    manifest = make_manifest(dtype=dtype, sides=sides, rows=50, width=64)
+def test_a_sound_store(tmp_path: Path, dtype: str, codec: str, sides: bool) -> None:
+    manifest = make_manifest(dtype=dtype, codec=codec, sides=sides, rows=50, width=64)
     write_store(tmp_path, manifest)
     report = verify(tmp_path)
     assert report.ok and report.complete and report.problems == () and report.missing_shards == ()
@@ -66,12 +70,13 @@ def write_changed(root: Path, manifest: Any, shard: int, *, ok: bool = False, **
 # Bytes
 
 
-def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "codec"), [("float16", "none"), ("int8", "none"), ("int8", "zstd:3")])
+def test_every_flipped_bit_is_found(tmp_path: Path, dtype: str, codec: str) -> None:
     """The first, the last and one random bit of every chunk file."""
-    write_store(tmp_path, make_manifest(sides=True, layers=(2,), rows=6))
+    write_store(tmp_path, make_manifest(sides=True, layers=(2,), rows=6, dtype=dtype, codec=codec))
     rng = np.random.default_rng(1)
     files = chunk_files(tmp_path)
-    assert len(files) == 2 * 9
+    assert len(files) == 2 * (15 if dtype == "int8" else 9)
     for path in files:
         name, _, place = path.relative_to(tmp_path).as_posix().partition("/c/")
         shard = int(place.split("/")[0])
@@ -82,6 +87,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
             path.write_bytes(raw)
             problem = verify(tmp_path).problems[0]
             assert (problem.array, problem.shard, problem.rows) == (name, shard, [(0, 4), (4, 6)][shard])
+            assert "its checksum is" in problem.what
         path.write_bytes(whole)
     assert verify(tmp_path).ok
 
@@ -91,19 +97,92 @@ def test_a_verification_without_checksums_is_caught(root: Path, monkeypatch: pyt
     raw = bytearray(path.read_bytes())
     raw[0] ^= 1  # a low bit of one value: norm and NaN checks do not see it
     path.write_bytes(raw)
-    assert "cannot be decoded" in one_problem(verify(root))
-
-    def trusting(location: Any, group: Any, spec: ArraySpec, shard: int) -> np.ndarray:
-        body = (root / spec.key(shard)).read_bytes()[:-4]
-        start, stop = spec.span(shard)
-        return np.frombuffer(body, spec.numpy_dtype).reshape(-1, *spec.row_shape)[: stop - start]
-
-    read = verify_module._read
+    assert "its checksum is" in one_problem(verify(root))
+    trusting = verify_module.decode
     monkeypatch.setattr(
-        verify_module, "_read", lambda *a: read(*a) if a[2].is_text or a[2].name != "diff/5" else trusting(*a)
+        verify_module, "decode", lambda raw, spec, shard, *, checksum: trusting(raw, spec, shard, checksum=False)
     )
     with pytest.raises(AssertionError):
         one_problem(verify(root))
+
+
+@pytest.mark.parametrize("name", ["diff/5", "norm/2", "pair_id", "source"])
+def test_zarr_reads_one_shard_as_well(root: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """The mutation: a reader of our own that reads something else, of which nothing but Zarr knows better."""
+    right = verify_module.decode
+
+    def wrong(raw: Any, spec: ArraySpec, shard: int, *, checksum: bool) -> np.ndarray:
+        rows = right(raw, spec, shard, checksum=checksum)
+        if spec.name != name:
+            return rows
+        if spec.is_text:
+            return np.array([text + "x" for text in rows.tolist()], dtype=object)
+        return rows + (rows != 0) * np.array(np.finfo(rows.dtype).eps if rows.dtype.kind == "f" else 1, rows.dtype)
+
+    monkeypatch.setattr(verify_module, "decode", wrong)
+    assert one_problem(verify(root)) == f"{name}, shard 0 (rows 0 to 3): Zarr reads other values than pairtrace"
+
+
+def test_what_zarr_cannot_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise ValueError("no such codec")
+
+    monkeypatch.setattr("zarr.Array.__getitem__", refuse)
+    assert [problem.what for problem in verify(root).problems] == ["Zarr cannot read it (no such codec)"] * 13
+
+
+@pytest.mark.parametrize("name", ["diff/5", "rejected/2", "row_scale/diff/5", "column_scale/chosen/2"])
+@pytest.mark.parametrize("codec", ["none", "zstd:3", "blosc-zstd:1"])
+def test_missing_and_truncated_chunks_of_int8(tmp_path: Path, name: str, codec: str) -> None:
+    """The chunk of a column scale is one row of its array, but stands for all rows of the shard."""
+    write_store(tmp_path, make_manifest(dtype="int8", codec=codec, sides=True))
+    path = next(p for p in chunk_files(tmp_path) if p.as_posix().startswith(f"{tmp_path}/{name}/c/1"))
+    whole = path.read_bytes()
+    for content in (whole[:-1], whole[: len(whole) // 2], whole[:3], b"", whole + b"\0"):
+        path.write_bytes(content)
+        assert one_problem(verify(tmp_path)).startswith(f"{name}, shard 1 (rows 4 to 7): its ch")
+    path.unlink()
+    assert one_problem(verify(tmp_path)) == f"{name}, shard 1 (rows 4 to 7): its chunk is missing"
+
+
+def rewrite(root: Path, manifest: Manifest, name: str, shard: int, change: Callable[[np.ndarray], None]) -> None:
+    """Change values of a chunk and give it the right checksum."""
+    spec = array_specs(manifest)[name]
+    path = root / spec.key(shard)
+    rows = decode(np.frombuffer(path.read_bytes(), np.uint8), spec, shard, checksum=True).copy()
+    change(rows)
+    path.write_bytes(b"".join(piece.tobytes() for piece in encode(spec, rows)))
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value", "expected"),
+    [
+        ("row_scale/diff/2", 1, np.nan, "row_scale/diff/2, shard 1 (rows 5 to 5): a scale is negative or not finite"),
+        ("row_scale/chosen/5", 2, -1.0, "row_scale/chosen/5, shard 1 (rows 6 to 6): a scale is negative"),
+        ("column_scale/diff/5", (0, 3), np.inf, "column_scale/diff/5, shard 1 (rows 4 to 7): a scale is not positive"),
+        ("column_scale/rejected/2", (0, 0), 0.0, "column_scale/rejected/2, shard 1 (rows 4 to 7): a scale is not"),
+        ("row_scale/diff/2", 1, 0.1, "norm/2, shard 1 (rows 5 to 5): the norm does not belong to the difference"),
+        ("column_scale/diff/2", 0, 0.5, "norm/2, shard 1 (rows 4 to 7): the norm does not belong to the difference"),
+        ("diff/5", 3, 1, "norm/5, shard 1 (rows 7 to 7): the norm does not belong to the difference"),
+    ],
+)
+def test_scales_and_values_of_int8(tmp_path: Path, name: str, place: Any, value: float, expected: str) -> None:
+    manifest = make_manifest(dtype="int8", codec="zstd:1", sides=True, rows=9, width=64)
+    write_store(tmp_path, manifest)
+    assert verify(tmp_path).ok
+
+    def change(rows: np.ndarray) -> None:
+        rows[place] = value
+
+    rewrite(tmp_path, manifest, name, 1, change)
+    assert expected in [str(problem)[: len(expected)] for problem in verify(tmp_path).problems]
+
+
+def test_an_int8_row_that_is_quarantined_holds_no_values(tmp_path: Path) -> None:
+    manifest = make_manifest(dtype="int8")
+    write_store(tmp_path, manifest)
+    rewrite(tmp_path, manifest, "diff/5", 0, lambda rows: rows[3].fill(1))  # its row scale of 0 hides them
+    assert one_problem(verify(tmp_path)).startswith("diff/5, shard 0 (rows 3 to 3): a quarantined row is not zero")
 
 
 @pytest.mark.parametrize("name", ["diff/5", "norm/2", "chosen/2", "pair_id", "tokens", "source", "reason"])
