@@ -8,6 +8,7 @@ small norm as precise as the others. A row's own scale cancels in its cosine.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from pairtrace.errors import ConfigError
 
 # Symmetric: -128 is never used.
 LARGEST = 127
+# Values (4 bytes each) of a block of rows: it stays in the cache from one kernel to the next.
+_BLOCK_VALUES = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,31 +65,69 @@ class ScaledRows:
         return decoded
 
 
-def encode_int8(rows: np.ndarray) -> ScaledRows:
-    """Round rows to scaled int8, to nearest even.
+def _float32_blocks(rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """Rows as float32 [n, D], contiguous and read-only, with their first row."""
+    from pairtrace.kernels import int8_numba
 
-    The scale of a column is its root mean square over the rows, each divided by its norm first, so that every row has
-    the same say. The scale of a row maps its largest value, in units of the columns' scales, to 127.
+    block_rows = max(1, _BLOCK_VALUES // max(1, rows.shape[1]))
+    for start in range(0, len(rows), block_rows):
+        block = np.ascontiguousarray(rows[start : start + block_rows]).view(np.ndarray)
+        if block.dtype == np.float16:
+            block = int8_numba.decode_half(block.view(np.uint16))
+        with np.errstate(over="ignore"):  # a float64 value beyond the range becomes infinite and is reported so
+            block = block.astype(np.float32, copy=False).view()
+        block.flags.writeable = False
+        yield start, block
+
+
+def encode_int8(rows: np.ndarray) -> ScaledRows:
+    """Round rows to scaled int8, to nearest.
+
+    The scale of a column is the eighth root of the mean eighth power of its values, each row divided by its norm
+    first, so that every row has the same say. The scale of a row maps its largest value, in units of the columns'
+    scales, to 127: nothing saturates.
+
+    The eighth power lies between the root mean square, which leaves the largest values of heavy-tailed columns so
+    large that all others get few of the 127 steps, and the maximum, which a single row decides. Worst loss of
+    correlation (1 - Pearson, in 1e-5) between cosines from float16 and from int8 rows over random, mean-of-rows,
+    single-row and whitened directions; synthetic rows with four dimensions 100 times the rest and norms varying 30
+    times, values Gaussian or Student t (4 degrees of freedom):
+
+        D, values       rms^0.5  rms^0.75  rms    max    eighth power
+        1024 Gaussian   69       8         7      11     5
+        4096 Gaussian   76       9         7      6      4
+        1024 Student    53       19        21     27     18
+        4096 Student    81       35        36     19     18
 
     Args:
-        rows: [N, D] of a floating dtype; all finite.
+        rows: [N, D] of a floating dtype, within the range of float32; all finite.
 
     Raises:
-        ConfigError: a value is not finite.
+        ConfigError: a value is not finite, or beyond the range; `rows` are no floating-point rows.
     """
-    wide = np.asarray(rows, dtype=np.float64)
-    broken = np.flatnonzero(~np.isfinite(wide).all(axis=1))
-    if broken.size:
-        raise ConfigError(f"row {broken[0]} must be finite to be stored as int8, but holds NaN or infinity")
-    norms = np.sqrt(np.square(wide).sum(axis=1))
-    filled = norms > 0
-    directions = wide[filled] / norms[filled, None]
-    columns = np.sqrt(np.square(directions).mean(axis=0)) if filled.any() else np.zeros(wide.shape[1])
-    column_scale = np.where(columns > 0, columns, 1.0).astype(np.float32)
-    relative = wide / column_scale.astype(np.float64)
-    row_scale = (np.abs(relative).max(axis=1, initial=0.0) / LARGEST).astype(np.float32)
-    steps = np.divide(
-        relative, row_scale.astype(np.float64)[:, None], out=np.zeros_like(relative), where=row_scale[:, None] > 0
-    )
-    values = np.clip(np.rint(steps), -LARGEST, LARGEST).astype(np.int8)
+    if rows.ndim != 2 or not np.issubdtype(rows.dtype, np.floating):
+        raise ConfigError(f"rows must be floating-point [N, D] to be stored as int8, not {rows.dtype} {rows.shape}")
+    from pairtrace.kernels import int8_numba
+
+    count, width = rows.shape
+    sums = np.zeros(width)
+    filled = 0
+    for start, block in _float32_blocks(rows):
+        norms = int8_numba.row_norms(block)
+        broken = np.flatnonzero(~np.isfinite(norms))
+        if broken.size:
+            raise ConfigError(f"row {start + broken[0]} must be finite to be stored as int8, but holds NaN or infinity")
+        int8_numba.add_eighth_powers(block, norms, sums)
+        filled += int(np.count_nonzero(norms))
+    columns = np.sqrt(np.sqrt(np.sqrt(sums / max(1, filled))))
+    # Beside unit rows a column this small changes no cosine, and its inverse stays in range.
+    column_scale = np.where(columns > 1e-20, columns, 1.0).astype(np.float32)
+    values = np.empty((count, width), np.int8)
+    scales = np.empty(count)
+    for start, block in _float32_blocks(rows):
+        stop = start + len(block)
+        int8_numba.encode_rows(block, column_scale, LARGEST, values[start:stop], scales[start:stop])
+    # A row that is not zero keeps a scale above zero, even where float32 has none so small.
+    smallest, largest = np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max
+    row_scale = np.where(scales > 0, np.clip(scales, smallest, largest), 0.0).astype(np.float32)
     return ScaledRows(values, row_scale, column_scale)

@@ -1,0 +1,136 @@
+"""The CPU kernels behind `pairtrace.kernels.int8`: imported only when they run, because Numba is heavy.
+
+Letters: n rows of a block, D width.
+
+Products are taken in float64: no finite float32 row overflows, underflows or saturates. No result depends on the
+number of threads: a row, or a column of all rows in their order, belongs to one thread.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import prange, types
+from numba.extending import intrinsic
+
+from pairtrace.kernels.compiled import parallel, run
+
+# Columns of one task.
+TASK_COLUMNS = 128
+
+
+def _half_for(typingctx: Any, word: Any) -> Any:
+    """float32 value of the bits of a float16."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
+
+    return types.float32(types.uint16), codegen
+
+
+_half: Any = intrinsic(_half_for)
+
+
+@numba.njit
+def _decode_row(words: Any, row: Any) -> None:
+    for j in range(row.shape[0]):
+        row[j] = _half(words[j])
+
+
+@parallel
+def _decode(words: Any, rows: Any) -> None:
+    for i in prange(words.shape[0]):
+        _decode_row(words[i], rows[i])
+
+
+@numba.njit(fastmath={"reassoc", "contract"})
+def _sum_of_squares(row: Any) -> Any:
+    squares = 0.0
+    for j in range(row.shape[0]):
+        squares += np.float64(row[j]) * np.float64(row[j])
+    return squares
+
+
+@parallel
+def _norms(rows: Any, norms: Any) -> None:
+    for i in prange(rows.shape[0]):
+        norms[i] = np.sqrt(_sum_of_squares(rows[i]))
+
+
+@parallel
+def _eighth_powers(rows: Any, norms: Any, sums: Any) -> None:
+    width = rows.shape[1]
+    for task in prange(-(-width // TASK_COLUMNS)):
+        first = task * TASK_COLUMNS
+        total = sums[first : min(first + TASK_COLUMNS, width)]
+        for i in range(rows.shape[0]):
+            if norms[i] == 0.0:
+                continue
+            factor = 1.0 / norms[i]
+            row = rows[i, first : min(first + TASK_COLUMNS, width)]
+            for j in range(total.shape[0]):
+                value = np.float64(row[j]) * factor
+                square = value * value
+                fourth = square * square
+                total[j] += fourth * fourth
+
+
+@numba.njit
+def _largest(row: Any, inverse: Any) -> Any:
+    largest = 0.0
+    for j in range(inverse.shape[0]):
+        magnitude = abs(np.float64(row[j]) * inverse[j])
+        largest = magnitude if magnitude > largest else largest
+    return largest
+
+
+@numba.njit
+def _round_row(row: Any, inverse: Any, factor: Any, values: Any) -> None:
+    for j in range(inverse.shape[0]):
+        values[j] = np.int8(np.rint((np.float64(row[j]) * inverse[j]) * factor))
+
+
+@parallel
+def _encode(rows: Any, inverse: Any, steps: float, values: Any, scales: Any) -> None:
+    for i in prange(rows.shape[0]):
+        largest = _largest(rows[i], inverse)
+        scales[i] = largest / steps
+        _round_row(rows[i], inverse, steps / largest if largest > 0.0 else 0.0, values[i])
+
+
+def decode_half(words: np.ndarray) -> np.ndarray:
+    """The bits of float16 rows, uint16 [n, D], as float32; NumPy takes many times as long."""
+    # Read-only and writable arrays are types of their own to Numba: a read-only view compiles once.
+    words = words.view()
+    words.flags.writeable = False
+    rows = np.empty(words.shape, np.float32)
+    run(_decode, words, rows)
+    return rows
+
+
+def row_norms(rows: np.ndarray) -> np.ndarray:
+    """Norms of float32 rows [n, D] as float64 [n]; not finite where a value is not."""
+    norms = np.empty(len(rows))
+    run(_norms, rows, norms)
+    return norms
+
+
+def add_eighth_powers(rows: np.ndarray, norms: np.ndarray, sums: np.ndarray) -> None:
+    """Add the eighth powers of rows [n, D], each divided by its norm, to float64 [D]; rows of zeros add nothing."""
+    run(_eighth_powers, rows, norms, sums)
+
+
+def encode_rows(rows: np.ndarray, column_scale: np.ndarray, steps: int, values: np.ndarray, scales: np.ndarray) -> None:
+    """Round a block of rows.
+
+    Args:
+        rows: float32 [n, D], contiguous, finite.
+        column_scale: float32 [D], above 0.
+        steps: the magnitude that the largest value of a row becomes.
+        values: int8 [n, D], overwritten.
+        scales: float64 [n], overwritten.
+    """
+    run(_encode, rows, 1.0 / column_scale.astype(np.float64), float(steps), values, scales)
