@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from pairtrace.engine.pairs import open_pairs
+from pairtrace.kernels.int8 import encode_int8
 from pairtrace.store.manifest import Manifest
 from pairtrace.store.writer import ShardBlock, StoreWriter
 
@@ -84,6 +85,10 @@ def make_store(
         if dtype == "bfloat16":
             words = (exact.view(np.uint32) >> 16).astype(np.uint16)
             stored[layer], values[layer] = words, (words.astype(np.uint32) << 16).view(np.float32)
+        elif dtype == "int8":
+            # Every shard has scales of its own, from its own rows.
+            decoded = [encode_int8(exact[start : start + 64]).decode() for start in range(0, rows, 64)]
+            stored[layer], values[layer] = exact, np.concatenate(decoded)
         else:
             stored[layer] = exact.astype(dtype)
             values[layer] = stored[layer].astype(np.float32)

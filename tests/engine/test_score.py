@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,14 @@ from pairtrace.engine.directions import Direction, save_directions
 from pairtrace.engine.score import ScoreConfig, score
 from pairtrace.engine.scores_table import ScoresTable
 from pairtrace.engine.scores_writer import rank_rows
-from pairtrace.errors import ConfigError, DataFormatError, DirectionError, LayerError, StoreIncompleteError
+from pairtrace.errors import (
+    ConfigError,
+    DataFormatError,
+    DirectionError,
+    LayerError,
+    StoreDamagedError,
+    StoreIncompleteError,
+)
 from tests.engine.small_store import MODEL, TEMPLATE, TOKENIZER, SmallStore, any_values, make_store, reference_cosine
 
 
@@ -50,9 +58,10 @@ def run(store: SmallStore, out: Path, *directions: str, **options: Any) -> tuple
     return summary, pq.read_table(out).to_pandas()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
-def test_scores_equal_the_definition_in_float64(tmp_path: Path, dtype: str) -> None:
-    store = make_store(tmp_path, dtype=dtype)
+@pytest.mark.parametrize("codec", ["none", "zstd:1"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8"])
+def test_scores_equal_the_definition_in_float64(tmp_path: Path, dtype: str, codec: str) -> None:
+    store = make_store(tmp_path, dtype=dtype, codec=codec)
     vector, bank = any_values(1, 24), any_values(2, 5, 24)
     file = behavior_file(tmp_path / "b.safetensors", ("harm", 5, vector), ("harm-bank", 5, bank))
     summary, frame = run(store, tmp_path / "s.parquet", file)
@@ -229,6 +238,38 @@ def test_incomplete_stores_are_refused_unless_allowed(tmp_path: Path) -> None:
     expected = reference_cosine(store.rows[5], vector)
     # The gap shifts no later row.
     np.testing.assert_allclose(frame["score:harm"][131:], expected[131:], rtol=0, atol=2e-6)
+
+
+def flip(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("harm", [lambda path: path.write_bytes(path.read_bytes()[:-9]), Path.unlink, flip])
+@pytest.mark.parametrize("array", ["diff/5", "pair_id", "source"])
+def test_damaged_shards_are_named(tmp_path: Path, array: str, harm: Callable[[Path], None]) -> None:
+    store = make_store(tmp_path)
+    file = behavior_file(tmp_path / "b.safetensors", ("harm", 5, any_values(1, 24)))
+    chunk = Path(store.path) / array / "c/3"
+    harm(chunk if chunk.is_file() else chunk / "0")
+    with pytest.raises(StoreDamagedError, match=rf"array {array}, shard 3 \(rows 192 to 255\)"):
+        run(store, tmp_path / "s.parquet", file)
+    assert not (tmp_path / "s.parquet").exists()
+
+
+def test_checksums_can_be_left_out(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    file = behavior_file(tmp_path / "b.safetensors", ("harm", 5, any_values(1, 24)))
+    flip(Path(store.path) / "diff/5/c/3/0")
+    assert run(store, tmp_path / "s.parquet", file, checksum=False)[0].rows == 300
+
+
+@pytest.mark.parametrize("bad", [np.zeros(24, np.float32), np.full(24, np.nan, np.float32)])
+def test_directions_without_a_cosine_are_refused(store: SmallStore, tmp_path: Path, bad: np.ndarray) -> None:
+    np.save(tmp_path / "bad.npy", bad)
+    with pytest.raises(DirectionError, match=r"is zero|NaN or infinity"):
+        run(store, tmp_path / "s.parquet", str(tmp_path / "bad.npy"), layer=5)
 
 
 def test_a_failed_run_leaves_the_old_file(store: SmallStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
