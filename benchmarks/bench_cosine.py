@@ -1,7 +1,7 @@
 """Cosine of rows in memory with 1 to 1,000 directions, against other libraries and against reading the bytes.
 
     python benchmarks/bench_cosine.py            # 378,341 x 4,096, float16 and int8; 12 GB of memory, ten minutes
-    python benchmarks/bench_cosine.py --quick    # 16,384 x 512
+    python benchmarks/bench_cosine.py --quick    # 8,192 x 256
 
 The yardstick is the fastest of several ways to read the same bytes in the same number of threads, in the same rounds.
 A competitor that would take longer than `--budget` seconds per run gets the first rows only; its rate is per row, and
@@ -217,7 +217,7 @@ def measure(ways: list[Competitor], data: Data, directions: np.ndarray, options:
     for run in yardsticks:
         run.call()
     runs = yardsticks + runs
-    repeats = 2 if options.quick else REPEATS[count]
+    repeats = 1 if options.quick else REPEATS[count]
     calls = {run.name: run.call for run in runs}
     timings = interleave(calls, repeats, warm_up=0, before=lambda _: time.sleep(0.05))
     for run in runs:
@@ -259,12 +259,12 @@ def main(arguments: list[str] | None = None) -> None:
     options.budget = min(options.budget, 0.05) if options.quick else options.budget
     torch.set_num_threads(options.threads)
     numba.set_num_threads(options.threads)
-    width, count = (512, 16_384) if options.quick else (PRODUCTION_WIDTH, PRODUCTION_ROWS)
+    width, count = (256, 8_192) if options.quick else (PRODUCTION_WIDTH, PRODUCTION_ROWS)
     count = options.rows or count
     say("making the rows")
     distinct = distinct_rows(width, min(DISTINCT_ROWS, count))
     scaled = encode_int8(distinct)
-    faiss, pieces = optional("faiss"), max(2, min(FAISS_PIECES, count // len(distinct)))
+    faiss, pieces = optional("faiss"), max(1, min(FAISS_PIECES, count // len(distinct)))
     kinds = {"float16": ("flat", "QT_fp16"), "int8": ("QT_8bit",)} if faiss else {}
     data = Data(
         float16=repeated(distinct, count),

@@ -32,6 +32,10 @@ from pairtrace.engine.rendered import RenderedPair
 from pairtrace.engine.rendering import Renderer
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "olmo2-1m": {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "vocab_size": 16384,
+    },
     "olmo2-69m": {
         "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8,
         "vocab_size": 16384,
@@ -45,7 +49,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 100352,
     },
 }  # fmt: skip
-LAYER = {"olmo2-69m": 5, "olmo2-1b": 10, "olmo2-7b": 20}
+LAYER = {"olmo2-1m": 1, "olmo2-69m": 5, "olmo2-1b": 10, "olmo2-7b": 20}
 # Dense bfloat16 peak, vendors' data sheets, FLOP/s.
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 TEMPLATE = (

@@ -104,7 +104,7 @@ def timings_of(seconds: Timing, size: int) -> dict[str, Any]:
     return {**asdict(seconds), "gb_per_second": size / seconds.median / 1e9}
 
 
-def warm(commands: dict[int, Command], middle: int, repeats: int, threads: int) -> dict[str, Any]:
+def warm(commands: dict[int, Command], middle: int, repeats: int, options: argparse.Namespace) -> dict[str, Any]:
     """Everything from the page cache: the curve over the sizes, and the plain reads of the middle one."""
     tiny = commands[min(commands)]
     files, size = commands[middle].files, commands[middle].bytes
@@ -112,10 +112,10 @@ def warm(commands: dict[int, Command], middle: int, repeats: int, threads: int) 
         read_files(command.files)
     runs: dict[str, Callable[[], object]] = {
         "plain read": lambda: read_files(files),
-        f"plain read, {threads} threads": lambda: read_files_in_threads(files, threads),
+        f"plain read, {options.threads} threads": lambda: read_files_in_threads(files, options.threads),
         **{f"score {rows:,} rows": command.run for rows, command in commands.items()},
     }
-    seconds = interleave(runs, repeats)
+    seconds = interleave(runs, repeats, warm_up=0 if options.quick else 1)
     inside = {rows: Timing.of(command.inside[-repeats:]) for rows, command in commands.items()}
     start_up = seconds[f"score {tiny.rows:,} rows"]
     results: dict[str, Any] = {name: timings_of(seconds[name], size) for name in list(runs)[:2]}
@@ -202,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_all(commands: dict[int, Command], middle: int, rounds: int, options: argparse.Namespace) -> dict[str, Any]:
-    results = {"warm": warm(commands, middle, rounds, options.threads)}
+    results = {"warm": warm(commands, middle, rounds, options)}
     return {**results, "cold": cold(commands[middle], commands[min(commands)], min(3, rounds))}
 
 
