@@ -173,6 +173,29 @@ def reuse_table(content: Record) -> str:
 
 
 def gpu_table(content: Record) -> str:
-    rows = [[one["name"], f"{one['value']:.2f}", f"{one['target']:g}"] for one in content["claims"]]
-    device = f"One {content['hardware']['gpu']}, {content['date'][:10]}."
-    return f"{table(['on a GPU', 'measured', 'target'], rows)}\n\n{device}"
+    results, work = content["results"], content["workload"]
+    bandwidth = results["read"]["gb_per_second"]
+    rows = [["reading the bytes alone", "", f"{bandwidth:,.0f}", "", ""]]
+    for name, row in results.items():
+        if "runs" not in row:
+            continue
+        known = row.get("gb_per_second", row.get("read_share", 0.0) * bandwidth)
+        # With many directions the bytes are not what limits.
+        speed = "" if "tflops" in row else f"{known:,.0f}"
+        error = results["errors"].get(name)
+        rows.append(
+            [
+                f"**{name}**" if name.startswith("pairtrace") else name,
+                f"{row['seconds'] * 1e3:.2f}",
+                speed,
+                f"{row['tflops']:.0f}" if "tflops" in row else "",
+                f"{error:.0e}" if error is not None else "",
+            ]
+        )
+    head = ["on a GPU", "ms", "GB/s", "TFLOP/s", "error"]
+    return (
+        f"{table(head, rows)}\n\n"
+        f"{work['rows']:,} x {work['width']:,} float16 rows; medians of interleaved runs; the error is the largest "
+        "difference from float64. `host` rows lie in page-locked memory and are streamed to the device. "
+        f"One {content['hardware']['gpu']}, {content['date'][:10]}.{missed(content)}"
+    )
