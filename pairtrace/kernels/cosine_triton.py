@@ -141,8 +141,8 @@ class DeviceDirections:
         """
         if self._parts is None or self._folded is not column_scale:
             exact = self._exact if column_scale is None else self._exact * column_scale.double()
-            exponents = torch.frexp(exact.abs().amax(dim=1)).exponent
-            scaled = torch.ldexp(exact, (HEADROOM - exponents)[:, None])
+            exponents = HEADROOM - torch.frexp(exact.abs().amax(dim=1)).exponent
+            scaled = exact * _power_of_two(exponents)[:, None].double()
             shape = (_padded(self.count, PART_DIRECTIONS), _padded(self.width, PART_COLUMNS))
             high = torch.zeros(shape, dtype=torch.float16, device=self.device)
             low = torch.zeros_like(high)
@@ -150,8 +150,7 @@ class DeviceDirections:
             own = high[: self.count, : self.width]
             own.copy_(scaled)
             low[: self.count, : self.width] = scaled - own.double()
-            one = torch.ones(self.count, dtype=torch.float64, device=self.device)
-            factors[: self.count] = torch.ldexp(one, exponents - HEADROOM)
+            factors[: self.count] = _power_of_two(-exponents)
             self._parts, self._folded = (high, low, factors), column_scale
         return self._parts
 
@@ -318,6 +317,11 @@ def _taken_apart(rows: Rows) -> tuple[torch.Tensor, torch.Tensor | None, torch.T
 def _decoded(rows: Rows) -> torch.Tensor:
     assert isinstance(rows, DeviceScaledRows)
     return rows.values * rows.row_scale[:, None] * rows.column_scale
+
+
+def _power_of_two(exponents: torch.Tensor) -> torch.Tensor:
+    """float32 2^exponents for int32 exponents from -126 to 127, put together from bits: a GPU's `pow` may round."""
+    return ((exponents + 127) << 23).view(torch.float32)
 
 
 def _padded(count: int, multiple: int) -> int:
