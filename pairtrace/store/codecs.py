@@ -6,6 +6,7 @@ the standard library.
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -88,6 +89,8 @@ class Codec:
         """
         import numpy as np
 
+        if self.name != "zstd":
+            _check_blosc_header(body, size)
         try:
             raw = np.frombuffer(self._compressor(1).decode(body), np.uint8)
         except RuntimeError as error:
@@ -105,6 +108,18 @@ class Codec:
 
         cname = self.name.removeprefix("blosc-")
         return Blosc(cname=cname, clevel=self.level, shuffle=BITSHUFFLE, blocksize=0, typesize=item_bytes)
+
+
+def _check_blosc_header(body: npt.NDArray[np.uint8], size: int) -> None:
+    """Blosc believes its header and would read past the end of a chunk that is shorter than that says."""
+    header = struct.Struct("<4xI4xI")
+    if len(body) < header.size:
+        raise ValueError(f"its chunk cannot be decompressed (it has only {len(body)} bytes)")
+    whole, packed = header.unpack(body[: header.size].tobytes())
+    if packed != len(body):
+        raise ValueError(f"its chunk cannot be decompressed (it has {len(body)} bytes instead of {packed})")
+    if whole != size:
+        raise ValueError(f"its chunk decompresses to {whole} bytes instead of {size}")
 
 
 def parse_codec(text: str) -> Codec | None:

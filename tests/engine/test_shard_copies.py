@@ -15,6 +15,7 @@ from pairtrace.store.location import LocalLocation
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.rows import RowReader
 from pairtrace.store.verify import verify
+from pairtrace.store.writer import StoreWriter
 from tests.engine.shard_runs import (
     SHARD_ROWS,
     StandIn,
@@ -24,6 +25,7 @@ from tests.engine.shard_runs import (
     run_loop,
     unmark,
 )
+from tests.store.samples import to_float
 
 
 @pytest.mark.parametrize("name", ["diff/5", "chosen/2", "rejected/2", "norm/5", "status"])
@@ -47,6 +49,32 @@ def test_damage_is_not_copied_from_another_store(tmp_path: Path, monkeypatch: py
     message = str(caught.value)
     assert f"--reuse: {other}: array {name}, shard 1 (rows 4 to 7) is damaged" in message
     assert ActivationStore.open(new, allow_incomplete=True).status().tolist() == [1, 1, 2, 2] + [0] * 8
+
+
+@pytest.mark.parametrize("name", ["diff/5", "row_scale/chosen/2", "column_scale/diff/5"])
+def test_damage_of_int8_rows_is_not_copied(tmp_path: Path, name: str) -> None:
+    run_loop(tmp_path / "other", "aceghijk", sides=True, dtype="int8", codec="zstd:3")
+    damage(tmp_path / "other", name, 1)
+    with pytest.raises(StoreDamagedError, match=rf"--reuse: .*array {name}, shard 1 \(rows 4 to 7\) is damaged"):
+        run_loop(tmp_path / "new", "xa--hk", [tmp_path / "other"], sides=True, dtype="int8")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8"])
+def test_an_int8_store_takes_rows_of_every_dtype(tmp_path: Path, dtype: str) -> None:
+    """The copy is the row of the other store, rounded to int8 with the rows that it now stands beside."""
+    other, new = tmp_path / "other", tmp_path / "new"
+    run_loop(other, "abcdefg", dtype=dtype, codec="blosc-zstd:1")
+    works = run_loop(new, "hfabc", [other], dtype="int8")
+    assert [copy.row for work in works.values() for copy in work.copies] == [5, 0, 1, 2]
+    theirs, ours = ActivationStore.open(other), ActivationStore.open(new)
+    assert verify(new).ok
+    for layer in ours.layers:
+        expected = to_float(theirs.take(layer, [5, 0, 1, 2]), dtype)
+        found = ours.take(layer, [1, 2, 3, 4])
+        # Half a step of 127, in columns of about equal size.
+        np.testing.assert_allclose(found, expected, atol=np.abs(expected).max() / 127)
+        assert np.abs(found - expected).max() > 0 or dtype == "int8"
+        np.testing.assert_array_equal(ours.norms(layer)[1:], theirs.norms(layer)[[5, 0, 1, 2]])
 
 
 @pytest.mark.parametrize("name", ["diff/5", "chosen/2", "rejected/2", "norm/5", "reason", "pair_id"])
@@ -108,6 +136,7 @@ def test_only_the_chunks_of_copied_rows_are_read(tmp_path: Path, monkeypatch: py
         ("float16", True, {0: "overflow", 1: "overflow", 2: "nonfinite_activations", 3: "out_of_memory"}),
         ("bfloat16", True, {2: "nonfinite_activations", 3: "out_of_memory"}),
         ("float32", True, {2: "nonfinite_activations", 3: "out_of_memory"}),
+        ("int8", True, {2: "nonfinite_activations", 3: "out_of_memory"}),
     ],
 )
 def test_what_does_not_fit_is_quarantined(dtype: str, sides: bool, bad: dict[int, str]) -> None:
@@ -133,6 +162,26 @@ def test_what_does_not_fit_is_quarantined(dtype: str, sides: bool, bad: dict[int
         for layer, values in side.items():
             assert not values[list(reasons)].any()
             assert side is block.rejected or layer == 2 or values[5].any()
+
+
+def test_what_the_scales_of_int8_rows_cannot_hold_is_quarantined(tmp_path: Path) -> None:
+    """The scale of a row grows with the number of its columns and rows, so the limit is far below that of float32."""
+    manifest = manifest_for("abc", dtype="int8", width=4096, layers=(2,))
+    chosen = np.random.default_rng(0).normal(size=(3, 1, manifest.width)).astype(np.float32)
+    chosen[0] = 0
+    chosen[0, 0, 0], chosen[1, 0, 0] = 1e30, 1.1e30
+    chosen[1, 0, 1:] = 0
+
+    class Fixed(StandIn):
+        def pool(self, pairs: Any, on_pack: Any = None) -> Pooled:
+            return Pooled(chosen=chosen, rejected=np.zeros_like(chosen))
+
+    work = ShardWork(0, 0, [render(letter, row) for row, letter in enumerate("abc")], [0, 1, 2], [])
+    block = compute_block(work, Fixed(manifest), dtype="int8", sides=False, on_pack=lambda *_: None)
+    assert block.status.tolist() == [1, 2, 1] and block.reason[1].startswith("overflow: a value of 1.1e+30")
+    with StoreWriter.create_or_resume(tmp_path, manifest, fsync=False) as writer:
+        writer.write_shard(block)
+    assert verify(tmp_path).ok
 
 
 def test_copies_are_not_computed() -> None:

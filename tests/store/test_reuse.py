@@ -94,7 +94,7 @@ def test_real_stores(tmp_path: Path) -> None:
     assert PairIndex([]).find(a)[0].tolist() == [-1] * 10
 
 
-NEEDED_THE_SAME = ["model_fingerprint", "pooling", "dtype", "compute_dtype", "width"]
+NEEDED_THE_SAME = ["model_fingerprint", "pooling", "dtype", "compute_dtype", "width"]  # and what went through float32
 
 
 @pytest.mark.parametrize("field", sorted(OTHER))
@@ -115,6 +115,13 @@ def test_compatible(field: str) -> None:
         ({"layers": (2,)}, {"layers": (2, 5)}, False),
         ({"sides": True}, {"sides": False}, True),
         ({"sides": False}, {"sides": True}, False),
+        ({"codec": "zstd:3"}, {"codec": "blosc-lz4:5"}, True),
+        ({"dtype": "float16"}, {"dtype": "int8"}, True),
+        ({"dtype": "bfloat16", "converted_from": "int8"}, {"dtype": "int8"}, True),
+        ({"dtype": "int8"}, {"dtype": "float16"}, False),
+        ({"converted_from": "float32"}, {"codec": "none"}, True),
+        ({"converted_from": "int8"}, {"converted_from": None}, False),
+        ({"converted_from": "bfloat16"}, {"converted_from": None}, False),
     ],
 )
 def test_more_may_be_there_than_is_needed(store: dict[str, Any], needed: dict[str, Any], fits: bool) -> None:
