@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from pairtrace.engine.atomic import replacing
 from pairtrace.engine.scores_table import FILE_COLUMNS, METADATA_KEY, behavior_columns
+from pairtrace.store.read_ahead import ahead
 from pairtrace.store.reader import ActivationStore
 
 ROW_GROUP = 65_536
@@ -146,7 +147,9 @@ class PairNames:
     def columns(self, rows: np.ndarray) -> list[pa.Array[Any]]:
         """Row, pair_id (hex) and source of some rows, int64 [n]."""
         offsets = np.arange(0, 32 * (len(rows) + 1), 32, dtype=np.int32)
-        hexadecimal = _strings(pa.string(), offsets, _HEX[self.identifiers[rows]])
+        # Unlike indexing, take without a check of bounds lets other threads run.
+        digits = np.take(_HEX, self.identifiers[rows], mode="clip")
+        hexadecimal = _strings(pa.string(), offsets, digits)
         return [pa.array(rows), hexadecimal, self.sources.take(pa.array(rows)).cast(pa.string())]
 
 
@@ -179,13 +182,18 @@ def write_scores(
         fields |= behavior_columns(name)
     schema = pa.schema(fields, metadata={METADATA_KEY: json.dumps(manifest, sort_keys=True).encode()})
     group = max(1, min(ROW_GROUP, _ROW_GROUP_SCORES // len(rankings)))
+
+    def batch(start: int) -> pa.RecordBatch:
+        stop = min(start + group, len(rows))
+        columns = names.columns(rows[start:stop])
+        for ranking in rankings.values():
+            columns += ranking.part(start, stop).columns()
+        return pa.record_batch(columns, schema=schema)
+
     with replacing(path) as temporary, pq.ParquetWriter(temporary, schema, **_ENCODING) as writer:
-        for start in range(0, len(rows), group):
-            stop = min(start + group, len(rows))
-            columns = names.columns(rows[start:stop])
-            for ranking in rankings.values():
-                columns += ranking.part(start, stop).columns()
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+        # The next row group is put together while one is encoded.
+        for _, part in ahead(range(0, len(rows), group), batch, count=1, threads=1):
+            writer.write_batch(part)
 
 
 # Hashes, scores and ranks hardly ever repeat: dictionaries and compressors would take longer than the scoring, for a

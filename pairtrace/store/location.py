@@ -37,6 +37,7 @@ _AT_ONCE = 8
 
 # Linux reads no more than its read-ahead window (128 KiB to some MiB) for one request, and drops the rest.
 _PREFETCH_BYTES = 512 << 10
+_CACHE_SAMPLES = 4
 
 
 class Location(Protocol):
@@ -53,9 +54,6 @@ class Location(Protocol):
             key: of the object.
             mapped: map a local file, where that is possible, instead of copying it.
         """
-
-    def prefetch(self, key: str) -> None:
-        """Have an object in memory by the time it is read, where that can be asked for; never fails."""
 
     def size(self, key: str) -> int | None:
         """Bytes of an object, or None when there is no such object."""
@@ -123,8 +121,21 @@ class LocalLocation:
         except OSError as error:
             raise StoreError(f"{path} cannot be read: {error}") from error
 
+    def is_cached(self, key: str) -> bool:
+        """Whether the page cache seems to hold an object: it does at a few places, which is quickly told."""
+        if not hasattr(os, "RWF_NOWAIT"):  # not on this system
+            return False
+        try:
+            with _opened(self.root / key) as handle:
+                size = os.fstat(handle).st_size
+                for place in range(_CACHE_SAMPLES):
+                    os.preadv(handle, [bytearray(1)], size * place // _CACHE_SAMPLES, os.RWF_NOWAIT)
+        except OSError:  # it would have to wait for the disk, or the file system cannot tell
+            return False
+        return True
+
     def prefetch(self, key: str) -> None:
-        """Ask for the pages of an object that are not in the page cache; the disk's queue may hold up the caller."""
+        """Ask for the pages of an object that are not in the page cache; never fails, may wait for the disk's queue."""
         if not hasattr(os, "posix_fadvise"):  # not on this system
             return
         with suppress(OSError), _opened(self.root / key) as handle:
@@ -233,9 +244,6 @@ class RemoteLocation:
         with _explain_read_errors(f"{self.address}: {key}"):
             buffer = sync(store.get(key, default_buffer_prototype()))
         return None if buffer is None else np.frombuffer(buffer.to_bytes(), np.uint8)
-
-    def prefetch(self, key: str) -> None:
-        """Nothing: an object is fetched as a whole when it is read."""
 
     def size(self, key: str) -> int | None:
         """Bytes of an object."""

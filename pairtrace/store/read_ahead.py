@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import TypeVar
@@ -47,5 +47,33 @@ def ahead(
                 pending.append((following, pool.submit(load, following)))
             yield item, future.result()
             del future  # the consumer decides how long a result lives
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def asked_ahead(
+    items: Sequence[Item], is_here: Callable[[Item], bool], ask: Callable[[Item], object], *, count: int
+) -> Generator[Item]:
+    """Hand out items, and ask for the next ones in another thread where they are not here yet; never wait for them.
+
+    Args:
+        items: in the order wanted.
+        is_here: whether there is no need to ask; quick.
+        ask: begins to bring an item; must not fail.
+        count: items to ask for ahead.
+
+    Yields:
+        The items in their order. The thread, which is only started when something is asked for, has ended when the
+        iterator is exhausted or closed.
+    """
+    pool = ThreadPoolExecutor(1, thread_name_prefix="pairtrace-read-ahead")
+    try:
+        asked = 0
+        for position, item in enumerate(items):
+            for following in items[asked : position + count + 1]:
+                if not is_here(following):
+                    pool.submit(ask, following)
+            asked = position + count + 1
+            yield item
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

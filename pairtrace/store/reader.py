@@ -27,7 +27,7 @@ from pairtrace.store.location import LocalLocation, Location, StorePath, open_lo
 from pairtrace.store.lock import LOCK_KEY
 from pairtrace.store.manifest import Manifest
 from pairtrace.store.metadata import require_manifest
-from pairtrace.store.read_ahead import ahead
+from pairtrace.store.read_ahead import ahead, asked_ahead
 from pairtrace.store.rows import RowReader, read_mark
 
 if TYPE_CHECKING:
@@ -296,17 +296,16 @@ class ActivationStore:
         def load(shard: int) -> np.ndarray | ScaledRows:
             return self._reader.vectors(spec.name, shard, checksum=checksum)
 
-        if spec.codec is not None or not isinstance(self._location, LocalLocation):
-            yield from ahead(self.finished_shards(), load, count=read_ahead, threads=read_ahead)
+        shards, location = self.finished_shards(), self._location
+        if spec.codec is not None or not isinstance(location, LocalLocation):
+            yield from ahead(shards, load, count=read_ahead, threads=read_ahead)
             return
-
-        def ask_for(shard: int) -> None:
-            self._location.prefetch(spec.key(shard))
-
-        for shard, _ in ahead(self.finished_shards(), ask_for, count=read_ahead, threads=1):
-            # The checksum is compared here, not ahead: what it has read is still in the processor's cache when the
-            # consumer reads it.
-            yield shard, load(shard)
+        keys = {spec.key(shard): shard for shard in shards}
+        with closing(asked_ahead(list(keys), location.is_cached, location.prefetch, count=read_ahead)) as present:
+            for key in present:
+                # The checksum is compared here, not ahead: what it has read is still in the processor's cache when the
+                # consumer reads it.
+                yield keys[key], load(keys[key])
 
     def finished_shards(self) -> list[int]:
         """Numbers of the shards that were marked when the store was opened, ascending."""
