@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from pairtrace.engine.pairs import open_pairs
-from pairtrace.engine.scores_table import SCHEMA_VERSION, write_scores
+from pairtrace.engine.scores_table import SCHEMA_VERSION
+from pairtrace.engine.scores_writer import DenseRanking, PairNames, write_scores
 
 
 def write_scored(
@@ -27,7 +29,8 @@ def write_scored(
     }
     manifest = {"schema_version": SCHEMA_VERSION, "store_manifest": made_from, "behaviors": ["harm"]}
     identifiers = np.random.default_rng(0).integers(0, 256, (len(scores), 16), dtype=np.uint8)
-    sources = np.array(list(pairs.iter_sources()), dtype=object)
+    sources = pa.array(list(pairs.iter_sources()), pa.large_string())
     flags = np.ones(len(scores), bool) if usable is None else usable
-    write_scores(path, identifiers, sources, {"harm": scores.astype(np.float32)}, flags, manifest)
+    ranking = DenseRanking.of(scores.astype(np.float32), flags)
+    write_scores(path, PairNames(identifiers, sources), np.arange(len(scores)), {"harm": ranking}, manifest)
     return str(path)

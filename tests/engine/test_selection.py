@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pairtrace.engine.scores_table import rank_rows
+from pairtrace.engine.scores_writer import rank_rows
 from pairtrace.engine.selection import SelectionRule, false_discovery_rates, select
 from pairtrace.errors import ConfigError
 
