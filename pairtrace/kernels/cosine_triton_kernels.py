@@ -329,5 +329,8 @@ def matrix_kernel(  # type: ignore[no-untyped-def]
     else:
         lengths = tl.load(lengths_ptr + own)
     dots = total * tl.load(factors_ptr + k)[None, :]
-    scores = tl.div_rn(dots, lengths[:, None] + tl.zeros([BLOCK_N, BLOCK_K], tl.float32))
+    if HAS_NORMS:  # they may be so small that their inverse is infinite
+        scores = tl.div_rn(dots, lengths[:, None] + tl.zeros([BLOCK_N, BLOCK_K], tl.float32))
+    else:
+        scores = dots * tl.div_rn(1.0, lengths)[:, None]
     emit_scores(scores, n, k, N, K, first_row, out_ptr, thresholds_ptr, counts_ptr, TOPK, SIGN, CAPACITY)
