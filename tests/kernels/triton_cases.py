@@ -103,6 +103,17 @@ def test_large_banks(dtype: str) -> None:
     assert_scores(_planned(rows, bank), expected_scores(rows.double().cpu().numpy(), bank))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("directions", [2, 20])
+def test_long_rows(dtype: str, directions: int) -> None:
+    """Sums that grow steadily show whether an addition truncates: tensor cores' own sums do."""
+    rng = np.random.default_rng(8)
+    bank = np.abs(rng.standard_normal((directions, 4096)))
+    rows = near_and_far(rng, bank, dtype)
+    scores = _planned(rows, bank)
+    np.testing.assert_allclose(scores, expected_scores(rows.double().cpu().numpy(), bank), rtol=0, atol=2e-6)
+
+
 def test_parts_keep_22_bits() -> None:
     rng = np.random.default_rng(7)
     bank = rng.standard_normal((50, 200)) * 10.0 ** rng.integers(-4, 1, (50, 200))
