@@ -193,6 +193,7 @@ class DeviceDirections:
             BLOCK_D=blocks.columns,
             STAGES=blocks.stages,
             num_warps=blocks.warps,
+            enable_fp_fusion=True,
         )
 
 
@@ -274,6 +275,7 @@ class _Launch:
             BLOCK_D=blocks.columns,
             STAGES=blocks.stages,
             num_warps=blocks.warps,
+            enable_fp_fusion=True,
         )
 
 

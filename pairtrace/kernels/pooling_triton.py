@@ -220,7 +220,11 @@ def segment_mean(hidden: torch.Tensor, segment_of_token: torch.Tensor, n_segment
         return means
     with torch.cuda.device(hidden.device if hidden.device.type == "cuda" else -1):
         _segment_mean_kernel[(n_segments, triton.cdiv(D, BLOCK_D))](
-            **_tokens(hidden, segment_of_token, n_segments), mean_ptr=means, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D
+            **_tokens(hidden, segment_of_token, n_segments),
+            mean_ptr=means,
+            BLOCK_T=BLOCK_T,
+            BLOCK_D=BLOCK_D,
+            enable_fp_fusion=False,
         )
     return means
 
@@ -260,6 +264,7 @@ def pooled_difference(
                 BLOCKS=triton.next_power_of_2(blocks),
                 BLOCK_T=BLOCK_T,
                 BLOCK_D=BLOCK_D,
+                enable_fp_fusion=False,  # a difference of two sides alike is 0, whichever side is fused
             )
     return (diff.view(dtype), norm, *(side.view(dtype) for side in others))
 

@@ -99,4 +99,5 @@ def _compile(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], w
             aligned[(position,)] = [["tt.divisibility", 16]]
     ordered = {name: constants[name] for name in kernel.arg_names if name in constants}
     source = ASTSource(kernel, signature, ordered, aligned)
-    return triton_compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    options = {"num_warps": warps, "enable_fp_fusion": kernel is not pooling_triton._pooled_difference_kernel}
+    return triton_compile(source, target=GPUTarget("cuda", capability, 32), options=options)
