@@ -3,12 +3,12 @@
     python benchmarks/bench_score_store.py            # up to 1,000,000 x 4,096; 9 GB of disk, under ten minutes
     python benchmarks/bench_score_store.py --quick    # up to 6,144 x 256
 
-The command runs in a process of its own. Its start-up (interpreter, imports, compiled code from the cache) is the same
-command on a store of one shard, run in the same rounds, and is taken off and shown; for the time per row, which for
-the smallest store is much shorter than the start-up, only the time after the imports is counted. The plain read is
-`readinto` one buffer of a megabyte, one thread, file after file. Cold means that the files' pages were dropped from the
-page cache, which is checked. Memory is the anonymous resident part (RssAnon), sampled every 20 ms; mapped files are
-page cache.
+The command runs in a process of its own, twice: first on a store of one shard, which brings the imports and the
+compiled code (the start-up), then on the store in question, which is timed from its first line to the end of the
+written table. Start-up alone and the command as it is typed are shown apart. The plain read is `readinto` one buffer of
+a megabyte, one thread, file after file. Cold means that the files' pages were dropped from the page cache, which is
+checked. Memory is the anonymous resident part of the process (RssAnon), sampled every 20 ms; mapped files are page
+cache.
 """
 
 from __future__ import annotations
@@ -43,20 +43,42 @@ QUICK_CURVE = (700, 2_500, 6_144)
 SAMPLE_SECONDS = 0.02
 
 
+# The command, first on a small store and then, timed, on the other one.
+CHILD = """
+import sys, time
+from pairtrace.cli import app
+for store, out in ((sys.argv[1], sys.argv[2]), (sys.argv[3], sys.argv[4])):
+    begun = time.perf_counter()
+    app(["--quiet", "score", store, sys.argv[5], "--out", out, "--json"], standalone_mode=False)
+print(time.perf_counter() - begun)
+"""
+
+
 class Command:
     """`pairtrace score` on one store, with what its runs told."""
 
-    def __init__(self, store: Path, direction: Path, rows: int) -> None:
-        self.store, self.rows = store, rows
+    def __init__(self, store: Path, small: Path, direction: Path, rows: int) -> None:
+        self.rows = rows
         self.files = files_below(store)
         self.bytes = sum(path.stat().st_size for path in self.files)
-        self.inside: list[float] = []
+        self.seconds: list[float] = []
         self.peak_mib: list[float] = []
-        out = store.with_suffix(".parquet")
-        self._words = ["--quiet", "score", str(store), str(direction), "--out", str(out), "--json"]
+        words = [str(path) for path in (small, small.with_suffix(".parquet"), store, store.with_suffix(".parquet"))]
+        self._after_small = [sys.executable, "-c", CHILD, *words, str(direction)]
+        self._typed = [sys.executable, "-m", "pairtrace.cli", "--quiet", "score", words[2], str(direction)]
+        self._typed += ["--out", words[3], "--json"]
 
     def run(self) -> None:
-        command = [sys.executable, "-m", "pairtrace.cli", *self._words]
+        """After a run on the small store; keeps the seconds."""
+        *_, summary, seconds = self._process(self._after_small).splitlines()
+        assert json.loads(summary)["scored"] == self.rows, summary
+        self.seconds.append(float(seconds))
+
+    def run_typed(self) -> None:
+        """As it is typed."""
+        self._process(self._typed)
+
+    def _process(self, command: list[str]) -> str:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
             watch = threading.Thread(target=self._watch, args=(child,))
             watch.start()
@@ -65,9 +87,7 @@ class Command:
         # A note would be about something else than the usual way, for example the slow reference kernel.
         if child.returncode or notes:
             sys.exit(f"{' '.join(command)} ended with {child.returncode}: {notes}")
-        summary = json.loads(output)
-        assert summary["scored"] == self.rows, summary
-        self.inside.append(summary["seconds"])
+        return output
 
     def _watch(self, child: subprocess.Popen[str]) -> None:
         """Largest RssAnon of the process, MiB."""
@@ -84,19 +104,17 @@ class Command:
 
 
 def build(folder: Path, sizes: tuple[int, ...], width: int, shard_rows: int) -> dict[int, Path]:
-    """Stores of several sizes; the smaller ones share the largest one's files."""
+    """Stores of several sizes; those between the smallest and the largest share the largest one's files."""
     rows = distinct_rows(width, DISTINCT_ROWS // SHARD_ROWS * shard_rows)
     stores = {size: folder / f"{size}.zarr" for size in sizes}
-    largest = max(sizes)
     for size in sorted(sizes, reverse=True):
         manifest = make_manifest(size, width, shard_rows=shard_rows)
-        say(f"store of {size:,} rows")
-        if size == largest:
-            begun = time.perf_counter()
+        begun = time.perf_counter()
+        if size in (min(sizes), max(sizes)):
             write_store(stores[size], manifest, rows, fsync=False)
-            say(f"  written in {time.perf_counter() - begun:.0f} s")
         else:
-            first_rows(stores[size], stores[largest], manifest, rows)
+            first_rows(stores[size], stores[max(sizes)], manifest, rows)
+        say(f"store of {size:,} rows: {time.perf_counter() - begun:.1f} s")
     return stores
 
 
@@ -106,58 +124,47 @@ def timings_of(seconds: Timing, size: int) -> dict[str, Any]:
 
 def warm(commands: dict[int, Command], middle: int, repeats: int, options: argparse.Namespace) -> dict[str, Any]:
     """Everything from the page cache: the curve over the sizes, and the plain reads of the middle one."""
-    tiny = commands[min(commands)]
-    files, size = commands[middle].files, commands[middle].bytes
+    small, chosen = commands[min(commands)], commands[middle]
+    curve = [command for command in commands.values() if command is not small]
     for command in commands.values():
         read_files(command.files)
     runs: dict[str, Callable[[], object]] = {
-        "plain read": lambda: read_files(files),
-        f"plain read, {options.threads} threads": lambda: read_files_in_threads(files, options.threads),
-        **{f"score {rows:,} rows": command.run for rows, command in commands.items()},
+        "plain read": lambda: read_files(chosen.files),
+        f"plain read, {options.threads} threads": lambda: read_files_in_threads(chosen.files, options.threads),
+        "start-up": small.run_typed,
+        f"command as typed, {middle:,} rows": chosen.run_typed,
+        **{f"score {command.rows:,} rows": command.run for command in curve},
     }
     seconds = interleave(runs, repeats, warm_up=0 if options.quick else 1)
-    inside = {rows: Timing.of(command.inside[-repeats:]) for rows, command in commands.items()}
-    start_up = seconds[f"score {tiny.rows:,} rows"]
-    results: dict[str, Any] = {name: timings_of(seconds[name], size) for name in list(runs)[:2]}
-    results["start-up"] = asdict(start_up)
-    for rows, command in commands.items():
-        if command is tiny:
-            continue
-        total = seconds[f"score {rows:,} rows"]
-        net = total.less(start_up)
-        after_imports = inside[rows].less(inside[tiny.rows])
-        results[f"score {rows:,} rows"] = {
-            **timings_of(net, command.bytes),
-            "rows": rows,
-            "process_seconds": total.median,
-            "after_imports": asdict(after_imports),
-            "seconds_per_million_rows": after_imports.median / rows * 1e6,
-            "of_plain_read": net.over(seconds["plain read"]),
+    results: dict[str, Any] = {name: asdict(seconds[name]) for name in list(runs)[2:4]}
+    results |= {name: timings_of(seconds[name], chosen.bytes) for name in list(runs)[:2]}
+    for command in curve:
+        own = Timing.of(command.seconds[-repeats:])
+        results[f"score {command.rows:,} rows"] = {
+            **timings_of(own, command.bytes),
+            "rows": command.rows,
+            "seconds_per_million_rows": own.median / command.rows * 1e6,
+            "of_plain_read": own.over(seconds["plain read"]) * chosen.bytes / command.bytes,
             "peak_anonymous_mib": max(command.peak_mib),
         }
     return results
 
 
-def cold(command: Command, tiny: Command, repeats: int) -> dict[str, Any]:
-    """From the disk: the command and the plain read in turn, each after its pages were dropped."""
+def cold(command: Command, repeats: int) -> dict[str, Any]:
+    """From the disk: the command and the plain read in turn, each after the pages were dropped."""
     left = drop_from_cache(command.files)
     if left > 0.01:
         say(f"{left:.0%} of the pages stay in the page cache: the cold runs are left out")
         return {"pages_left": left}
     shares = [left]
-
-    def drop(name: str) -> None:
-        if name != "start-up":
-            shares.append(drop_from_cache(command.files))
-
-    runs = {"plain read": lambda: read_files(command.files), "start-up": tiny.run, "score": command.run}
-    found = interleave(runs, repeats, warm_up=0, before=drop)
-    net = found["score"].less(found["start-up"])
+    runs = {"plain read": lambda: read_files(command.files), "score": command.run}
+    found = interleave(runs, repeats, warm_up=0, before=lambda _: shares.append(drop_from_cache(command.files)))
+    own = Timing.of(command.seconds[-repeats:])
     return {
         "pages_left": max(shares),
         "pages_after_score": resident_share(command.files),
         "plain read": timings_of(found["plain read"], command.bytes),
-        "score": {**timings_of(net, command.bytes), "of_plain_read": found["plain read"].over(net)},
+        "score": {**timings_of(own, command.bytes), "of_plain_read": found["plain read"].over(own)},
     }
 
 
@@ -187,8 +194,12 @@ def main(arguments: list[str] | None = None) -> None:
         stores = build(folder, (shard_rows, *sizes), width, shard_rows)
         direction = folder / "direction.npy"
         np.save(direction, np.random.default_rng(1).standard_normal(width, dtype=np.float32))
-        commands = {rows: Command(store, direction, rows) for rows, store in stores.items()}
-        results = run_all(commands, sizes[1], rounds, options)
+        small = stores[shard_rows]
+        commands = {rows: Command(store, small, direction, rows) for rows, store in stores.items()}
+        results = {
+            "warm": warm(commands, sizes[1], rounds, options),
+            "cold": cold(commands[sizes[1]], min(3, rounds)),
+        }
     workload = {
         "rows": list(sizes),
         "width": width,
@@ -199,11 +210,6 @@ def main(arguments: list[str] | None = None) -> None:
     }
     claims = claims_of(results, sizes)
     record("bench_score_store", options, workload=workload, results=results, claims=claims)
-
-
-def run_all(commands: dict[int, Command], middle: int, rounds: int, options: argparse.Namespace) -> dict[str, Any]:
-    results = {"warm": warm(commands, middle, rounds, options)}
-    return {**results, "cold": cold(commands[middle], commands[min(commands)], min(3, rounds))}
 
 
 if __name__ == "__main__":
