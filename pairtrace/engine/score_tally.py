@@ -49,18 +49,19 @@ class _RunningStatistics:
         self._top_row = np.full(behaviors, -1, np.int64)
 
     def add(self, start: int, block: np.ndarray, usable: int) -> None:
-        defined = ~np.isnan(block)
-        scored = np.count_nonzero(defined, axis=0)
+        absent = np.isnan(block)
+        scored = len(block) - np.count_nonzero(absent, axis=0)
+        complete = int(scored.min()) == len(block)
         self._scored += scored
         self._undefined += usable - scored
-        self._total += np.where(defined, block, 0).sum(axis=0, dtype=np.float64)
-        self._lowest = np.minimum(self._lowest, np.where(defined, block, np.inf).min(axis=0))
-        filled = np.where(defined, block, -np.inf)
-        place = filled.argmax(axis=0)
-        highest = filled[place, np.arange(len(place))]
-        better = highest > self._highest
-        self._highest = np.where(better, highest, self._highest)
-        self._top_row = np.where(better, start + place, self._top_row)
+        self._total += (block if complete else np.where(absent, 0, block)).sum(axis=0, dtype=np.float64)
+        self._lowest = np.fmin(self._lowest, np.fmin.reduce(block, axis=0))
+        highest = np.fmax.reduce(block, axis=0)
+        # Seldom, once some blocks have been seen; NaN is not above anything.
+        better = np.flatnonzero(highest > self._highest)
+        if better.size:
+            self._highest[better] = highest[better]
+            self._top_row[better] = start + np.nanargmax(block[:, better], axis=0)
 
     def result(self, behavior: int) -> Statistics:
         scored = int(self._scored[behavior])
