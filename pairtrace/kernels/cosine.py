@@ -2,10 +2,15 @@
 
 Letters: N pairs (rows), D width, K directions.
 
-Rows are never converted as a whole: the kernels read them in their stored format, the reference goes by blocks.
+Rows are never converted as a whole: the kernels read them in their stored format, the reference goes by blocks. With
+`minus` the scores are those of the differences of two sides, which are never stored.
 A row that is zero or holds NaN or infinity scores NaN, never 0. Every other row has a finite score, whatever its
 magnitude (denormal rows and rows whose squared norm leaves the float32 range included); rounding can carry a score past
 1 by a few float32 steps.
+
+Equal calls give equal bits, whatever the number of threads. Up to `FUSED_DIRECTIONS` directions on the CPU the bits of
+a score do not even depend on the other rows of the call; beyond, blocks of rows go through a matrix product whose
+last bits may depend on the size of a block.
 
 Implementations: `reference` (NumPy, float64), `numba` (CPU), `triton` (CUDA tensors; CPU tensors in its interpreter).
 """
@@ -13,95 +18,98 @@ Implementations: `reference` (NumPy, float64), `numba` (CPU), `triton` (CUDA ten
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from pairtrace.errors import ConfigError, MissingDependencyError
 from pairtrace.kernels.cosine_inputs import (
+    HostRows,
+    UnitDirections,
+    check_minus,
     check_norms,
     check_rows,
-    host_words,
+    host_rows,
     is_tensor,
-    rows_are_dense,
-    unit_directions,
+    prepare_directions,
+    prepared_directions,
 )
+from pairtrace.kernels.int8 import ScaledRows
 
 if TYPE_CHECKING:
     import torch
+
+__all__ = ["UnitDirections", "cosine_blocks", "cosine_max", "cosine_scores", "prepare_directions"]
 
 logger = logging.getLogger(__name__)
 
 Impl: TypeAlias = Literal["auto", "reference", "numba", "triton"]
 RowDtype: TypeAlias = Literal["float32", "float16", "bfloat16"]
 Array: TypeAlias = "np.ndarray | torch.Tensor"
-RowsT = TypeVar("RowsT", np.ndarray, "torch.Tensor")
+Rows: TypeAlias = "np.ndarray | torch.Tensor | ScaledRows"
+Directions: TypeAlias = "np.ndarray | torch.Tensor | UnitDirections"
 
-# Up to this many directions it is faster to decode a row again for every four of them than to keep it in float32.
-FUSED_DIRECTIONS = 8
+# Up to this many directions one pass over the rows is faster than a matrix product.
+FUSED_DIRECTIONS = 16
 # Values (4 to 8 bytes each) that a block of converted rows or of scores may hold.
 BLOCK_VALUES = 1 << 20
-# Scores per call of a kernel that reads the rows in place.
+# Scores that exist at a time where a caller takes them block by block and rows are read in place.
 IN_PLACE_BLOCK_VALUES = 1 << 22
 DEVICE_BLOCK_VALUES = 1 << 26
 
 _reported: set[str] = set()
 
 
-def _reference_block(words: np.ndarray, units: np.ndarray, norms: np.ndarray | None) -> np.ndarray:
+def _reference_block(rows: HostRows, minus: HostRows | None, units: np.ndarray, norms: np.ndarray | None) -> np.ndarray:
     """The plain definition.
 
     Args:
-        words: float32, float16 or int16 (bfloat16 bits) [n, D].
+        rows: n rows.
+        minus: n rows to subtract.
         units: float64 [K, D] unit directions.
         norms: float32 [n] norms to use instead of the rows' own.
 
     Returns:
         float32 [n, K].
     """
-    if words.dtype == np.int16:
-        words = (words.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     with np.errstate(invalid="ignore", divide="ignore", over="ignore", under="ignore"):
-        rows = words.astype(np.float64)
-        own = np.sqrt(np.square(rows).sum(axis=1))
+        values = rows.exact() if minus is None else rows.exact() - minus.exact()
+        own = np.sqrt(np.square(values).sum(axis=1))
         lengths = own if norms is None else norms.astype(np.float64)
         usable = (own > 0) & np.isfinite(own) & (lengths > 0) & np.isfinite(lengths)
-        scores: np.ndarray = ((rows @ units.T) / lengths[:, None]).astype(np.float32)
+        scores: np.ndarray = ((values @ units.T) / lengths[:, None]).astype(np.float32)
     scores[~usable] = np.nan
     return scores
 
 
-def _numba_block(words: np.ndarray, units: np.ndarray, norms: np.ndarray | None, count: int) -> np.ndarray:
+def _numba_block(
+    rows: HostRows, minus: HostRows | None, units: UnitDirections, norms: np.ndarray | None, out: np.ndarray
+) -> None:
     """Scores of one block through the compiled kernels.
 
     Args:
-        words: as for the reference; any strides.
-        units: float32 unit directions, padded as the kernels ask.
+        rows: n rows, any strides.
+        minus: n rows to subtract.
+        units: K unit directions.
         norms: as for the reference.
-        count: K.
-
-    Returns:
-        float32 [n, K].
+        out: float32 [n, K], contiguous, overwritten.
     """
     from pairtrace.kernels import cosine_numba
 
-    n, width = words.shape
-    if n == 0:
-        return np.empty((0, count), np.float32)
-    if words.dtype == np.float16:
-        words = words.view(np.uint16)
-    if not rows_are_dense(words):
-        words = np.ascontiguousarray(words)
-    size = words.itemsize
-    stride = words.strides[0] // size if n > 1 else width
-    flat = np.lib.stride_tricks.as_strided(words, ((n - 1) * stride + width,), (size,), writeable=False)
-    lengths = np.empty(0, np.float32) if norms is None else np.array(norms)
-    scores = np.empty((n, count), np.float32)
-    kernel = cosine_numba.fused_scores if count <= FUSED_DIRECTIONS else cosine_numba.tiled_scores
-    kernel(flat, stride, units, lengths, scores)
-    return scores
+    if len(rows) == 0:
+        return
+    side = cosine_numba.Side.of(rows)
+    other = cosine_numba.NO_SIDE if minus is None else cosine_numba.Side.of(minus)
+    lengths = None if norms is None else np.ascontiguousarray(norms)
+    if len(units) <= FUSED_DIRECTIONS:
+        cosine_numba.fused_scores(side, other, units.padded, rows.words.shape[1], lengths, out)
+        return
+    from pairtrace.kernels import cosine_product
+
+    cosine_product.product_scores(side, other, units.columns, lengths, out)
 
 
 def _fall_back(reason: str) -> None:
@@ -120,15 +128,15 @@ def _load_triton() -> ModuleType:
     return cosine_triton
 
 
-def _choose(impl: Impl, rows: Array) -> Impl:
+def _choose(impl: Impl, rows: Array | ScaledRows) -> Impl:
     """Resolve `impl` to something that can run, or raise. Only `auto` falls back, and says so once."""
     if impl not in ("auto", "reference", "numba", "triton"):
         raise ConfigError(f"impl must be 'auto', 'reference', 'numba' or 'triton', not {impl!r}")
-    on_host = isinstance(rows, np.ndarray) or rows.device.type == "cpu"
+    on_host = isinstance(rows, np.ndarray | ScaledRows) or rows.device.type == "cpu"
     if impl == "numba" and not on_host:
         raise ConfigError("impl='numba' needs rows in host memory, but they are on a device; use impl='triton'")
     if impl == "triton":
-        if isinstance(rows, np.ndarray):
+        if isinstance(rows, np.ndarray | ScaledRows):
             raise ConfigError("impl='triton' needs a torch tensor, but the rows are a numpy array; use impl='numba'")
         _load_triton().check_device(rows)
     if impl != "auto":
@@ -145,62 +153,130 @@ def _choose(impl: Impl, rows: Array) -> Impl:
     return "triton"
 
 
-def _plan(
-    rows: Array, directions: Array, impl: Impl, norms: Array | None, row_dtype: RowDtype | None
-) -> tuple[int, int, Callable[[int, int], Array]]:
-    """Check the arguments and choose the implementation.
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """How one call is computed.
 
-    Returns:
-        K, the rows per block, and the function that scores rows [start, stop) as float32 [stop - start, K].
+    Attributes:
+        rows: the caller's, whose kind the results have.
+        directions: K.
+        block_rows: rows per block where scores exist block by block.
+        all_rows: rows per block where the caller holds all scores anyway.
+        score: scores of rows [start, stop), float32 [stop - start, K], in the host array given or in one of its own.
+        on_host: whether `score` needs a host array.
     """
+
+    rows: Rows
+    directions: int
+    block_rows: int
+    all_rows: int
+    score: Callable[[int, int, np.ndarray | None], Array]
+    on_host: bool
+
+    def empty(self, *shape: int) -> Any:
+        """Uninitialized float32 array of the kind and on the device of the rows."""
+        if not is_tensor(self.rows):
+            return np.empty(shape, np.float32)
+        import torch
+
+        return torch.empty(shape, dtype=torch.float32, device=self.rows.device)  # type: ignore[union-attr]
+
+    def host_array(self, out: Array) -> np.ndarray | None:
+        """What `score` may write to so that its scores stand in `out`."""
+        if isinstance(out, np.ndarray) or not self.on_host:
+            return out if isinstance(out, np.ndarray) else None
+        host: np.ndarray = (out if out.device.type == "cpu" else out.cpu()).numpy()
+        return host
+
+    def like_rows(self, values: Array) -> Any:
+        """`values` as a tensor where the rows are one."""
+        if isinstance(values, np.ndarray) and is_tensor(self.rows):
+            import torch
+
+            return torch.from_numpy(values)
+        return values
+
+    def blocks(self) -> Iterator[tuple[int, Any]]:
+        """Start and scores of every block; the next step may overwrite them."""
+        count = len(self.rows)
+        buffer = np.empty((min(self.block_rows, count), self.directions), np.float32) if self.on_host else None
+        for start in range(0, count, self.block_rows):
+            stop = min(start + self.block_rows, count)
+            target = None if buffer is None else buffer[: stop - start]
+            yield start, self.like_rows(self.score(start, stop, target))
+
+
+def _plan(
+    rows: Rows,
+    directions: Directions,
+    minus: Rows | None,
+    impl: Impl,
+    norms: Array | None,
+    row_dtype: RowDtype | None,
+) -> _Plan:
+    """Check the arguments and choose the implementation."""
     check_rows(rows, row_dtype)
+    if minus is not None:
+        check_minus(minus, rows, row_dtype)
     count, width = rows.shape
-    units = unit_directions(directions, width)
+    units = prepared_directions(directions, width)
     lengths = check_norms(norms, count)
     chosen = _choose(impl, rows)
     K = len(units)
-    dense_block = max(1, BLOCK_VALUES // max(width, K))
-
-    def block_norms(start: int, stop: int) -> np.ndarray | None:
-        return None if lengths is None else lengths[start:stop]
-
     if chosen == "triton":
-        score_tensor = _load_triton().planned_scores(rows, units, lengths)
-        return K, max(1, DEVICE_BLOCK_VALUES // K), score_tensor
-    if chosen == "reference":
-        return (
-            K,
-            dense_block,
-            lambda start, stop: _reference_block(
-                host_words(rows[start:stop], row_dtype), units, block_norms(start, stop)
-            ),
+        score_tensor = _load_triton().planned_scores(rows, units.exact, lengths, minus)
+        size = max(1, DEVICE_BLOCK_VALUES // K)
+        return _Plan(
+            rows=rows,
+            directions=K,
+            block_rows=size,
+            all_rows=size,
+            score=lambda start, stop, out: score_tensor(start, stop),
+            on_host=False,
         )
-    padding = -K % 4 if K > 1 else 0
-    small_units = np.concatenate([units, np.zeros((padding, width))]).astype(np.float32)
-    in_place = rows_are_dense(host_words(rows, row_dtype))
-    return (
-        K,
-        max(1, IN_PLACE_BLOCK_VALUES // K) if in_place else dense_block,
-        lambda start, stop: _numba_block(
-            host_words(rows[start:stop], row_dtype), small_units, block_norms(start, stop), K
-        ),
+    side = host_rows(rows, row_dtype)
+    other = None if minus is None else host_rows(minus, row_dtype)
+    converted = max(1, BLOCK_VALUES // max(width, K))
+    in_place = chosen == "numba" and side.dense and (other is None or other.dense)
+
+    def score(start: int, stop: int, out: np.ndarray | None) -> np.ndarray:
+        part = side[start:stop]
+        other_part = None if other is None else other[start:stop]
+        part_lengths = None if lengths is None else lengths[start:stop]
+        if chosen == "reference":
+            return _reference_block(part, other_part, units.exact, part_lengths)
+        assert out is not None
+        _numba_block(part, other_part, units, part_lengths, out)
+        return out
+
+    return _Plan(
+        rows=rows,
+        directions=K,
+        block_rows=max(1, IN_PLACE_BLOCK_VALUES // K) if in_place else converted,
+        all_rows=max(1, count) if in_place else converted,
+        score=score,
+        on_host=True,
     )
 
 
 def cosine_scores(
-    rows: RowsT,
-    directions: Array,
+    rows: Rows,
+    directions: Directions,
     *,
+    minus: Rows | None = None,
     impl: Impl = "auto",
     norms: Array | None = None,
     row_dtype: RowDtype | None = None,
-) -> RowsT:
+) -> Any:
     """Cosine of every row with every direction.
 
     Args:
         rows: [N, D] numpy array (float32, float16, or uint16 holding bfloat16 bits with `row_dtype="bfloat16"`; memory
-            maps, read-only and strided arrays included) or torch tensor (float32, float16, bfloat16; any device).
-        directions: [D] or [K, D], any real dtype; they need not be normalized. [D] counts as K = 1.
+            maps, read-only and strided arrays included), `ScaledRows`, or torch tensor (float32, float16, bfloat16;
+            any device).
+        directions: [D] or [K, D], any real dtype; they need not be normalized. [D] counts as K = 1. Who scores many
+            blocks of rows passes what `prepare_directions` makes of them once.
+        minus: the rejected side, of the same kind and shape: scores are those of `rows - minus`.
         impl: `auto` takes `numba` in host memory and `triton` on a GPU, and falls back to `reference` with one
             warning; any other choice runs or raises.
         norms: float32 [N] norms |v| to divide by instead of those of `rows` (for example from before rounding to
@@ -208,35 +284,73 @@ def cosine_scores(
         row_dtype: what the words of a uint16 array are.
 
     Returns:
-        float32 [N, K], a numpy array for numpy rows and a tensor on the same device for tensor rows.
+        float32 [N, K], a tensor on the same device for tensor rows, else a numpy array.
         NaN where a row is zero or holds a value that is not finite.
 
     Raises:
-        ConfigError: rows, norms or `impl` cannot be used.
+        ConfigError: rows, minus, norms or `impl` cannot be used.
         DirectionError: a direction has another width, is zero, or holds a value that is not finite.
         MissingDependencyError: `impl="triton"` without the package.
     """
-    K, block_rows, score = _plan(rows, directions, impl, norms, row_dtype)
-    out = _empty_like(rows, (len(rows), K))
-    for start in range(0, len(rows), block_rows):
-        stop = min(start + block_rows, len(rows))
-        out[start:stop] = _same_kind(score(start, stop), rows)
+    plan = _plan(rows, directions, minus, impl, norms, row_dtype)
+    count = len(rows)
+    out = plan.empty(count, plan.directions)
+    host = plan.host_array(out)
+    for start in range(0, count, plan.all_rows):
+        stop = min(start + plan.all_rows, count)
+        target = None if host is None else host[start:stop]
+        scores = plan.score(start, stop, target)
+        if scores is not target:
+            out[start:stop] = plan.like_rows(scores)
     return out
 
 
-def cosine_max(
-    rows: RowsT,
-    bank: Array,
+def cosine_blocks(
+    rows: Rows,
+    directions: Directions,
     *,
+    minus: Rows | None = None,
     impl: Impl = "auto",
     norms: Array | None = None,
     row_dtype: RowDtype | None = None,
-) -> RowsT:
+) -> Iterator[tuple[int, Any]]:
+    """The scores of `cosine_scores` block by block, so that not all N x K exist at a time.
+
+    Args:
+        rows: as for `cosine_scores`.
+        directions: as for `cosine_scores`.
+        minus: as for `cosine_scores`.
+        impl: as for `cosine_scores`.
+        norms: as for `cosine_scores`.
+        row_dtype: as for `cosine_scores`.
+
+    Returns:
+        Iterator over the first row of a block and its scores, float32 [n, K]. The next step may overwrite the scores:
+        copy what has to last. Block sizes depend on shapes and dtype alone.
+
+    Raises:
+        ConfigError: as for `cosine_scores`, at once.
+        DirectionError: as for `cosine_scores`, at once.
+        MissingDependencyError: as for `cosine_scores`, at once.
+    """
+    return _plan(rows, directions, minus, impl, norms, row_dtype).blocks()
+
+
+def cosine_max(
+    rows: Rows,
+    bank: Directions,
+    *,
+    minus: Rows | None = None,
+    impl: Impl = "auto",
+    norms: Array | None = None,
+    row_dtype: RowDtype | None = None,
+) -> Any:
     """Largest cosine of every row over a bank of directions (arXiv 2602.11079, vector bank); it may be negative.
 
     Args:
         rows: as for `cosine_scores`.
         bank: [K, D] directions, as for `cosine_scores`.
+        minus: as for `cosine_scores`.
         impl: as for `cosine_scores`.
         norms: as for `cosine_scores`.
         row_dtype: as for `cosine_scores`.
@@ -249,29 +363,9 @@ def cosine_max(
         DirectionError: as for `cosine_scores`.
         MissingDependencyError: as for `cosine_scores`.
     """
-    _, block_rows, score = _plan(rows, bank, impl, norms, row_dtype)
-    out = _empty_like(rows, (len(rows),))
-    for start in range(0, len(rows), block_rows):
-        stop = min(start + block_rows, len(rows))
-        scores = score(start, stop)
+    plan = _plan(rows, bank, minus, impl, norms, row_dtype)
+    out = plan.empty(len(rows))
+    for start, scores in plan.blocks():
         largest = scores.max(axis=1) if isinstance(scores, np.ndarray) else scores.amax(dim=1)
-        out[start:stop] = _same_kind(largest, rows)
+        out[start : start + len(scores)] = largest
     return out
-
-
-def _empty_like(rows: RowsT, shape: tuple[int, ...]) -> RowsT:
-    """Uninitialized float32 array of the kind and on the device of `rows`."""
-    if isinstance(rows, np.ndarray):
-        return np.empty(shape, np.float32)
-    import torch
-
-    return torch.empty(shape, dtype=torch.float32, device=rows.device)
-
-
-def _same_kind(values: Array, rows: Array) -> Any:
-    """`values` as a tensor where the rows are one."""
-    if isinstance(values, np.ndarray) and is_tensor(rows):
-        import torch
-
-        return torch.from_numpy(values)
-    return values

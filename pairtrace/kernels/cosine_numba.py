@@ -2,9 +2,9 @@
 
 Letters: n rows of a block, D width, K directions.
 
-One source serves three row formats; the type of a word says how it is decoded:
-`float32` as it is, `uint16` as the bits of a float16, `int16` as the bits of a bfloat16.
-Rows arrive as one flat read-only array and a row stride, so contiguous and row-strided rows share compiled code.
+`fused_scores` reads each row once and sums its square and its products in registers, `normalized_rows` writes rows
+divided by their norms for a matrix product. Both are made of the generated loops of `pairtrace.kernels.cosine_llvm`,
+which also lists the row formats.
 
 Range: a sum of squares in float32 overflows for rows (float32, bfloat16) with a norm above about 2**63 and loses digits
 for norms below about 2**-63. A row whose sum is outside [SAFE_LOW, SAFE_HIGH] is computed again, multiplied by an exact
@@ -13,15 +13,18 @@ power of two that cancels in the cosine: no finite non-zero row scores NaN or 0 
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba import prange, types
-from numba.extending import intrinsic
+from numba.extending import overload
 
-from pairtrace.kernels.compiled import parallel, run
+from pairtrace.kernels.compiled import call, parallel, run, single_threaded
+from pairtrace.kernels.cosine_inputs import DIRECTION_GROUP, HostRows
+from pairtrace.kernels.cosine_llvm import read_float32, row_sums, store_row
 
 SAFE_LOW = np.float32(2.0**-80)
 SAFE_HIGH = np.float32(2.0**126)
@@ -29,214 +32,245 @@ SCALE_UP = np.float32(2.0**100)
 SCALE_DOWN = np.float32(2.0**-100)
 ONE = np.float32(1.0)
 
-# Rows that a thread holds in float32 at a time; a multiple of 4. They stay in its cache while the directions pass by.
-TILE_ROWS = 16
+# Rows that are read side by side; with as many directions their sums fit into 32 vector registers.
+GROUP = DIRECTION_GROUP
 
-# Reassociation lets LLVM keep several partial sums per lane. NaN and infinity keep their meaning: they decide results.
-_FASTMATH = {"reassoc", "contract"}
-
-
-def _decoder_for(typingctx: Any, word: Any) -> Any:
-    """float32 value of one stored word (see the module text)."""
-    if word == types.float32:
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return args[0]
-
-    elif word == types.uint16:
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    elif word == types.int16:
-
-        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            bits = builder.shl(builder.zext(args[0], ir.IntType(32)), ir.Constant(ir.IntType(32), 16))
-            return builder.bitcast(bits, ir.FloatType())
-
-    else:
-        return None
-    return types.float32(word), codegen
+NO_VALUES = np.empty(0, np.float32)
 
 
-_decode: Any = intrinsic(_decoder_for)
+@dataclass(frozen=True)
+class Side:
+    """Rows of one side of the difference, as the kernels read them.
+
+    Attributes:
+        words: float32, uint16 (float16 bits), int16 (bfloat16 bits) or int8; flat, contiguous: row i is
+            `words[i * stride : i * stride + D]`. Booleans where there is no such side.
+        stride: distance between rows in words.
+        columns: float32 [D] column scales of int8 words, else empty; contiguous.
+        row_scale: float32 [n] row scales of int8 words, else empty; contiguous.
+    """
+
+    words: np.ndarray
+    stride: int
+    columns: np.ndarray
+    row_scale: np.ndarray
+
+    @classmethod
+    def of(cls, rows: HostRows) -> Side:
+        """At least one row, in place where rows are dense, else copied."""
+        words = rows.words if rows.dense else np.ascontiguousarray(rows.words)
+        words = words.view(np.uint16) if words.dtype == np.float16 else words
+        n, width = words.shape
+        stride = words.strides[0] // words.itemsize if n > 1 else width
+        length = (n - 1) * stride + width
+        flat = np.lib.stride_tricks.as_strided(words, (length,), (words.itemsize,), writeable=False)
+        scales = (rows.column_scale, rows.row_scale)
+        columns, row_scale = (NO_VALUES if scale is None else np.ascontiguousarray(scale) for scale in scales)
+        return cls(flat, stride, columns, row_scale)
+
+    def arguments(self) -> tuple[Any, ...]:
+        """What the kernels take: a word, whose type says the format, and addresses."""
+        word = self.words.dtype.type(0)
+        return word, self.words.ctypes.data, self.stride, self.columns.ctypes.data, self.row_scale.ctypes.data
 
 
-@numba.njit(fastmath=_FASTMATH)
-def _one_dot(row: Any, unit: Any, scale: Any) -> Any:
-    squares = np.float32(0)
-    dot = np.float32(0)
-    for j in range(unit.shape[0]):
-        value = _decode(row[j]) * scale
-        squares += value * value
-        dot += value * unit[j]
-    return squares, dot
+NO_SIDE = Side(np.empty(0, np.bool_), 0, NO_VALUES, NO_VALUES)
 
 
-@numba.njit(fastmath=_FASTMATH)
-def _four_dots(row: Any, units: Any, k: int, scale: Any) -> Any:
-    first, second, third, fourth = units[k], units[k + 1], units[k + 2], units[k + 3]
-    squares = np.float32(0)
-    a = np.float32(0)
-    b = np.float32(0)
-    c = np.float32(0)
-    d = np.float32(0)
-    for j in range(first.shape[0]):
-        value = _decode(row[j]) * scale
-        squares += value * value
-        a += value * first[j]
-        b += value * second[j]
-        c += value * third[j]
-        d += value * fourth[j]
-    return squares, a, b, c, d
+def _row_factors(rows: Any, minus: Any, i: int) -> Any:
+    """Factors of row i on both sides (float32), and how many times too large they make its difference (float64).
+
+    Row scales of int8 rows cancel in the cosine of a single side, and so does an exact power of two on both sides of a
+    difference: it keeps the larger of their two scales near 1.
+    """
+    raise NotImplementedError("compiled code only")
 
 
-@numba.njit(fastmath=_FASTMATH)
-def _sum_of_squares(row: Any, scale: Any) -> Any:
-    squares = np.float32(0)
-    for j in range(row.shape[0]):
-        value = _decode(row[j]) * scale
-        squares += value * value
-    return squares
+@overload(_row_factors)
+def _overload_row_factors(rows: Any, minus: Any, i: Any) -> Any:
+    def of_values(rows: Any, minus: Any, i: Any) -> Any:
+        return ONE, ONE, 1.0
+
+    def of_one_scaled_side(rows: Any, minus: Any, i: Any) -> Any:
+        row_scale = np.float64(read_float32(rows[4], i))
+        usable = row_scale > 0 and row_scale < np.inf
+        return ONE, ONE, 1.0 / row_scale if usable else np.nan
+
+    def of_two_scaled_sides(rows: Any, minus: Any, i: Any) -> Any:
+        row_scale = np.float64(read_float32(rows[4], i))
+        minus_scale = np.float64(read_float32(minus[4], i))
+        _, exponent = math.frexp(max(row_scale, minus_scale))
+        scale = math.ldexp(1.0, -exponent)
+        return np.float32(row_scale * scale), np.float32(minus_scale * scale), scale
+
+    if rows.types[0] != types.int8:
+        return of_values
+    return of_one_scaled_side if minus.types[0] == types.boolean else of_two_scaled_sides
 
 
 @numba.njit
-def _scale_for(squares: Any) -> Any:
+def _gains(squares: Any) -> Any:
+    """Powers of two for both sides before their subtraction, which may overflow, and for their difference."""
     if squares < SAFE_LOW:
-        return SCALE_UP
+        return ONE, SCALE_UP
     if squares <= SAFE_HIGH:
-        return ONE
-    return SCALE_DOWN  # too large, infinite or NaN
+        return ONE, ONE
+    return SCALE_DOWN, ONE  # too large, infinite or NaN
 
 
 @numba.njit
-def _divisor(squares: Any, scale: Any, norms: Any, i: int) -> Any:
-    """Norm of the scaled row (float64), or NaN where the row has no cosine."""
-    if not (squares > 0 and squares < np.inf):
+def _divisor(squares: Any, scale: Any, norms: int, i: int) -> Any:
+    """Norm of the row as computed, which is `scale` times the stored one (float64); NaN where it has no cosine."""
+    if not (squares > 0 and squares < np.inf and scale > 0):
         return np.nan
-    if norms.shape[0] == 0:
+    if norms == 0:
         return np.sqrt(np.float64(squares))
-    norm = np.float64(norms[i])
+    norm = np.float64(read_float32(norms, i))
     if not (norm > 0 and norm < np.inf):
         return np.nan
-    return norm * np.float64(scale)
+    return norm * scale
 
 
-@parallel
-def _fused(flat: Any, stride: int, units: Any, norms: Any, out: Any) -> None:
-    width = units.shape[1]
-    count = out.shape[1]
-    for i in prange(out.shape[0]):
-        row = flat[i * stride : i * stride + width]
-        if count == 1:
-            scale = ONE
-            squares, dot = _one_dot(row, units[0], scale)
-            if not (squares >= SAFE_LOW and squares <= SAFE_HIGH):
-                scale = _scale_for(squares)
-                squares, dot = _one_dot(row, units[0], scale)
-            out[i, 0] = np.float64(dot) / _divisor(squares, scale, norms, i)
+@numba.njit
+def _four_sums(rows: Any, minus: Any, units: int, unit_starts: Any, width: int, i: int) -> Any:
+    """Sums of rows i to i + 3, without gains; meanwhile the four rows after them are prefetched."""
+    word, address, stride, columns, _ = rows
+    minus_word, minus_address, minus_stride, minus_columns, _ = minus
+    a, minus_a, _ = _row_factors(rows, minus, i)
+    b, minus_b, _ = _row_factors(rows, minus, i + 1)
+    c, minus_c, _ = _row_factors(rows, minus, i + 2)
+    d, minus_d, _ = _row_factors(rows, minus, i + 3)
+    return row_sums(
+        word,
+        address,
+        (i * stride, (i + 1) * stride, (i + 2) * stride, (i + 3) * stride),
+        columns,
+        (a, b, c, d),
+        minus_word,
+        minus_address,
+        (i * minus_stride, (i + 1) * minus_stride, (i + 2) * minus_stride, (i + 3) * minus_stride),
+        minus_columns,
+        (minus_a, minus_b, minus_c, minus_d),
+        ONE,
+        units,
+        unit_starts,
+        width,
+        (GROUP * stride, GROUP * minus_stride),
+    )
+
+
+@numba.njit
+def _one_row(rows: Any, minus: Any, i: int, before: Any) -> Any:
+    """The arguments of `row_sums` and `store_row` that describe row i with a gain before the subtraction."""
+    word, address, stride, columns, _ = rows
+    minus_word, minus_address, minus_stride, minus_columns, _ = minus
+    factor, minus_factor, _ = _row_factors(rows, minus, i)
+    row = word, address, (i * stride,), columns, (factor * before,)
+    minus_row = minus_word, minus_address, (i * minus_stride,), minus_columns, (minus_factor * before,)
+    return row, minus_row
+
+
+@numba.njit
+def _ranged_sums(rows: Any, minus: Any, units: int, unit_starts: Any, width: int, i: int) -> Any:
+    """Sums of row i, with the gains that keep them in range, and these gains."""
+    before, after = ONE, ONE
+    for _ in range(2):
+        row, minus_row = _one_row(rows, minus, i, before)
+        sums = row_sums(*row, *minus_row, after, units, unit_starts, width, None)
+        if before != ONE or after != ONE:
+            break
+        before, after = _gains(sums[0])
+        if before == ONE and after == ONE:
+            break
+    return sums, before, after
+
+
+@numba.njit
+def _score_group(
+    rows: Any, minus: Any, units: int, unit_starts: Any, width: int, norms: int, out: Any, first: int, k: int
+) -> None:
+    """Scores of up to four rows from `first` on with the directions k, k + 1, ... at `unit_starts`."""
+    C = len(unit_starts)
+    whole = first + GROUP <= out.shape[0]
+    if whole:
+        sums = _four_sums(rows, minus, units, unit_starts, width, first)
+    for r in range(min(GROUP, out.shape[0] - first)):
+        i = first + r
+        scale = _row_factors(rows, minus, i)[2]
+        if whole and sums[r * (1 + C)] >= SAFE_LOW and sums[r * (1 + C)] <= SAFE_HIGH:
+            divisor = _divisor(sums[r * (1 + C)], scale, norms, i)
+            for c in range(min(C, out.shape[1] - k)):
+                out[i, k + c] = np.float64(sums[r * (1 + C) + 1 + c]) / divisor
         else:
-            scale = ONE
-            for k in range(0, count, 4):
-                squares, a, b, c, d = _four_dots(row, units, k, scale)
-                if k == 0 and not (squares >= SAFE_LOW and squares <= SAFE_HIGH):
-                    scale = _scale_for(squares)
-                    squares, a, b, c, d = _four_dots(row, units, k, scale)
-                divisor = _divisor(squares, scale, norms, i)
-                out[i, k] = np.float64(a) / divisor
-                if k + 1 < count:
-                    out[i, k + 1] = np.float64(b) / divisor
-                if k + 2 < count:
-                    out[i, k + 2] = np.float64(c) / divisor
-                if k + 3 < count:
-                    out[i, k + 3] = np.float64(d) / divisor
-
-
-@numba.njit(fastmath=_FASTMATH)
-def _sixteen_dots(rows: Any, units: Any, out: Any) -> None:
-    """Products of four rows with four directions: each loaded value serves four sums, which stay in registers."""
-    r0, r1, r2, r3 = rows[0], rows[1], rows[2], rows[3]
-    u0, u1, u2, u3 = units[0], units[1], units[2], units[3]
-    zero = np.float32(0)
-    s00, s01, s02, s03 = zero, zero, zero, zero
-    s10, s11, s12, s13 = zero, zero, zero, zero
-    s20, s21, s22, s23 = zero, zero, zero, zero
-    s30, s31, s32, s33 = zero, zero, zero, zero
-    for j in range(r0.shape[0]):
-        s00 += r0[j] * u0[j]
-        s01 += r0[j] * u1[j]
-        s02 += r0[j] * u2[j]
-        s03 += r0[j] * u3[j]
-        s10 += r1[j] * u0[j]
-        s11 += r1[j] * u1[j]
-        s12 += r1[j] * u2[j]
-        s13 += r1[j] * u3[j]
-        s20 += r2[j] * u0[j]
-        s21 += r2[j] * u1[j]
-        s22 += r2[j] * u2[j]
-        s23 += r2[j] * u3[j]
-        s30 += r3[j] * u0[j]
-        s31 += r3[j] * u1[j]
-        s32 += r3[j] * u2[j]
-        s33 += r3[j] * u3[j]
-    out[0, 0], out[0, 1], out[0, 2], out[0, 3] = s00, s01, s02, s03
-    out[1, 0], out[1, 1], out[1, 2], out[1, 3] = s10, s11, s12, s13
-    out[2, 0], out[2, 1], out[2, 2], out[2, 3] = s20, s21, s22, s23
-    out[3, 0], out[3, 1], out[3, 2], out[3, 3] = s30, s31, s32, s33
+            own, before, after = _ranged_sums(rows, minus, units, unit_starts, width, i)
+            divisor = _divisor(own[0], scale * np.float64(before) * np.float64(after), norms, i)
+            for c in range(min(C, out.shape[1] - k)):
+                out[i, k + c] = np.float64(own[1 + c]) / divisor
 
 
 @parallel
-def _tiled(flat: Any, stride: int, units: Any, norms: Any, out: Any) -> None:
-    count, K = out.shape
-    width = units.shape[1]
-    for tile in prange(-(-count // TILE_ROWS)):
-        first = tile * TILE_ROWS
-        held = min(TILE_ROWS, count - first)
-        rows = np.zeros((TILE_ROWS, width), np.float32)
-        for r in range(held):
-            start = (first + r) * stride
-            row = flat[start : start + width]
-            scale = _scale_for(_sum_of_squares(row, ONE))
-            factor = np.float32(ONE / _divisor(_sum_of_squares(row, scale), scale, norms, first + r))
-            for j in range(width):
-                rows[r, j] = (_decode(row[j]) * scale) * factor
-        scores = np.empty((4, 4), np.float32)
-        for k in range(0, K, 4):
-            for r in range(0, held, 4):
-                _sixteen_dots(rows[r : r + 4], units[k : k + 4], scores)
-                for a in range(min(4, held - r)):
-                    for b in range(min(4, K - k)):
-                        out[first + r + a, k + b] = scores[a, b]
+def _one_direction(rows: Any, minus: Any, units: int, width: int, norms: int, out: Any) -> None:
+    for group in prange(-(-out.shape[0] // GROUP)):
+        _score_group(rows, minus, units, (0,), width, norms, out, group * GROUP, 0)
 
 
-def fused_scores(flat: np.ndarray, stride: int, units: np.ndarray, norms: np.ndarray, out: np.ndarray) -> None:
-    """Cosines of a block of rows with a few directions: each row is read from memory once.
+@parallel
+def _many_directions(rows: Any, minus: Any, units: int, width: int, norms: int, out: Any) -> None:
+    for group in prange(-(-out.shape[0] // GROUP)):
+        for k in range(0, out.shape[1], GROUP):
+            unit_starts = (k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width)
+            _score_group(rows, minus, units, unit_starts, width, norms, out, group * GROUP, k)
+
+
+@single_threaded
+def _normalized(rows: Any, minus: Any, norms: int, first: int, out: int, count: int, width: int) -> None:
+    for r in range(count):
+        i = first + r
+        whole = r - r % GROUP + GROUP <= count
+        if whole and r % GROUP == 0:
+            sums = _four_sums(rows, minus, 0, (), width, i)
+        before, after = ONE, ONE
+        if whole and sums[r % GROUP] >= SAFE_LOW and sums[r % GROUP] <= SAFE_HIGH:
+            squares = sums[r % GROUP]
+        else:
+            own, before, after = _ranged_sums(rows, minus, 0, (), width, i)
+            squares = own[0]
+        scale = _row_factors(rows, minus, i)[2] * np.float64(before) * np.float64(after)
+        factor = np.float32(1.0 / _divisor(squares, scale, norms, i))
+        row, minus_row = _one_row(rows, minus, i, before)
+        store_row(*row, *minus_row, after, factor, out, r * width, width)
+
+
+def _address(values: np.ndarray | None) -> int:
+    """Where the values are; 0 where there are none."""
+    return 0 if values is None else values.ctypes.data
+
+
+def fused_scores(
+    rows: Side, minus: Side, directions: np.ndarray, width: int, norms: np.ndarray | None, out: np.ndarray
+) -> None:
+    """Cosines of a block of rows, or differences of rows, with a few directions: each row is read from memory once.
 
     Args:
-        flat: float32, uint16 (float16 bits) or int16 (bfloat16 bits), one-dimensional, contiguous, read-only:
-            row i is `flat[i * stride : i * stride + D]`.
-        stride: distance between rows in words.
-        units: float32 [K', D] unit directions; K' = 1 for K = 1, else K rounded up to a multiple of 4 with zero rows.
-        norms: float32 [n] norms to use instead of the rows' own, or [0].
+        rows: n rows.
+        minus: n rows to subtract, of the same format, or `NO_SIDE`.
+        directions: `UnitDirections.padded`.
+        width: D.
+        norms: float32 [n] norms to use instead of the rows' own, contiguous.
         out: float32 [n, K], overwritten.
     """
-    assert units.shape[0] == (1 if out.shape[1] == 1 else -(-out.shape[1] // 4) * 4)
-    run(_fused, flat, stride, units, norms, out)
+    kernel = _one_direction if out.shape[1] == 1 else _many_directions
+    run(kernel, rows.arguments(), minus.arguments(), directions.ctypes.data, width, _address(norms), out)
 
 
-def tiled_scores(flat: np.ndarray, stride: int, units: np.ndarray, norms: np.ndarray, out: np.ndarray) -> None:
-    """Cosines of a block of rows with many directions (K > 1).
-
-    `TILE_ROWS` rows at a time are divided by their norms in float32. A BLAS product needs less processor time beyond
-    about 64 directions, but handing every block from Numba's threads to those of BLAS and back made it several times
-    slower by the clock on a busy machine.
+def normalized_rows(rows: Side, minus: Side, norms: np.ndarray | None, first: int, out: np.ndarray) -> None:
+    """Rows, or differences of rows, divided by their norms; NaN where they have none. Runs on the caller's thread.
 
     Args:
-        flat: as in `fused_scores`.
-        stride: as in `fused_scores`.
-        units: float32 [K', D] unit directions, K rounded up to a multiple of 4 with zero rows.
+        rows: as in `fused_scores`.
+        minus: as in `fused_scores`.
         norms: as in `fused_scores`.
-        out: float32 [n, K], overwritten.
+        first: row that goes to `out[0]`.
+        out: float32 [m, D], contiguous, overwritten.
     """
-    assert units.shape[0] == -(-out.shape[1] // 4) * 4
-    run(_tiled, flat, stride, units, norms, out)
+    call(_normalized, rows.arguments(), minus.arguments(), _address(norms), first, out.ctypes.data, *out.shape)

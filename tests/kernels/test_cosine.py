@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from pairtrace.errors import ConfigError, DirectionError, MissingDependencyError
 from pairtrace.kernels import cosine
 from pairtrace.kernels.cosine import FUSED_DIRECTIONS, cosine_max, cosine_scores
-from tests.kernels.rows import DTYPES, assert_scores, awkward_rows, expected_scores, stored
+from pairtrace.kernels.cosine_inputs import HostRows
+from tests.kernels.rows import DTYPES, TOLERANCE, assert_scores, awkward_rows, expected_scores, stored
 
 WIDTHS = (1, 2, 3, 7, 8, 15, 16, 17, 33, 127, 128, 129, 1023)
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,7 +104,10 @@ def test_compiled_scores_have_the_same_bits_in_any_block_layout_and_thread_count
         np.testing.assert_array_equal(cosine_scores(layout(rows), bank, impl="numba", **keywords), whole)
     for start, stop in [(0, 1), (1, 8), (8, 50)]:
         part = cosine_scores(rows[start:stop], bank, impl="numba", **keywords)
-        np.testing.assert_array_equal(part, whole[start:stop])
+        if directions <= FUSED_DIRECTIONS:
+            np.testing.assert_array_equal(part, whole[start:stop])
+        else:  # the last bits of a matrix product follow its shape
+            np.testing.assert_allclose(part, whole[start:stop], rtol=0, atol=TOLERANCE)
 
     import numba
 
@@ -275,10 +279,9 @@ def _fresh_numba_module() -> Any:
 
 
 def _run_fused(module: Any) -> np.ndarray:
-    rows = np.arange(1, 13, dtype=np.float32)
-    rows.flags.writeable = False
+    rows = module.Side.of(HostRows(np.arange(1, 13, dtype=np.float32).reshape(3, 4)))
     out = np.empty((3, 1), np.float32)
-    module.fused_scores(rows, 4, np.full((1, 4), 0.5, np.float32), np.empty(0, np.float32), out)
+    module.fused_scores(rows, module.NO_SIDE, np.full(4, 0.5, np.float32), 4, None, out)
     return out
 
 
@@ -328,10 +331,9 @@ def test_cosine_max_never_holds_scores_beyond_a_block(monkeypatch: pytest.Monkey
     sizes: list[int] = []
     real = cosine._numba_block
 
-    def recording(*arguments: Any) -> np.ndarray:
-        block = real(*arguments)
-        sizes.append(block.size)
-        return block
+    def recording(*arguments: Any) -> None:
+        real(*arguments)
+        sizes.append(arguments[-1].size)
 
     monkeypatch.setattr(cosine, "_numba_block", recording)
     rng = np.random.default_rng(7)

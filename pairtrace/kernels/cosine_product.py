@@ -1,0 +1,74 @@
+"""Cosines with many directions as matrix products: imported only when it runs, because Numba is heavy.
+
+Letters: n rows of a call, D width, K directions.
+
+Every thread takes one block of rows after the other, writes it in float32 divided by its norms into a buffer of its
+own, and calls a BLAS that is kept to one thread. Handing every block from Numba's threads to those of BLAS and back
+made scoring several times slower by the clock on a busy machine. The blocks follow from the shape alone, so the number
+of threads changes no bit.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+
+from pairtrace.kernels.cosine_numba import Side, normalized_rows
+
+# Float32 values of a block: 4 MB. Smaller blocks read the directions more often, larger ones leave the caches.
+BLOCK_VALUES = 1 << 20
+
+# The limit on BLAS threads belongs to the process: two calls at once would restore each other's.
+_LIMIT = threading.Lock()
+
+
+@cache
+def _blas() -> Any:
+    """The process's BLAS libraries; finding them takes milliseconds."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
+
+
+def block_rows(width: int) -> int:
+    """Rows of a block."""
+    return max(1, BLOCK_VALUES // max(1, width))
+
+
+def product_scores(rows: Side, minus: Side, columns: np.ndarray, norms: np.ndarray | None, out: np.ndarray) -> None:
+    """Cosines of rows, or differences of rows, with many directions.
+
+    Args:
+        rows: n rows.
+        minus: n rows to subtract, of the same format, or `NO_SIDE`.
+        columns: float32 [D, K], `UnitDirections.columns`.
+        norms: float32 [n] norms to use instead of the rows' own, contiguous.
+        out: float32 [n, K], contiguous, overwritten.
+    """
+    n, width = len(out), len(columns)
+    size = block_rows(width)
+    starts = iter(range(0, n, size))  # shared: each block goes to whoever asks first
+
+    def score_blocks(starts: Iterator[int]) -> None:
+        buffer = np.empty((min(size, n), width), np.float32)
+        for start in starts:
+            block = buffer[: min(size, n - start)]
+            normalized_rows(rows, minus, norms, start, block)
+            np.dot(block, columns, out=out[start : start + size])
+
+    helpers = min(numba.get_num_threads(), -(-n // size)) - 1
+    with _LIMIT, _blas().limit(limits=1):
+        if helpers < 1:
+            score_blocks(starts)
+            return
+        with ThreadPoolExecutor(helpers) as pool:
+            others = [pool.submit(score_blocks, starts) for _ in range(helpers)]
+            score_blocks(starts)
+            for other in others:
+                other.result()
