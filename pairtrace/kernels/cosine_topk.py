@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from pairtrace.errors import ConfigError, MissingDependencyError
-from pairtrace.kernels.cosine import cosine_scores
-from pairtrace.kernels.cosine_inputs import check_norms, is_tensor, unit_directions
+from pairtrace.kernels.cosine import cosine_blocks
+from pairtrace.kernels.cosine_inputs import UnitDirections, check_norms, is_tensor, prepared_directions
 from pairtrace.kernels.int8 import ScaledRows
 from pairtrace.kernels.topk import StreamingTopK
 
@@ -25,9 +25,6 @@ if TYPE_CHECKING:
 
 Impl: TypeAlias = Literal["auto", "reference", "numba", "triton"]
 AnyRows: TypeAlias = "np.ndarray | torch.Tensor | ScaledRows | DeviceScaledRows"
-
-# Scores per block on the host.
-BLOCK_SCORES = 1 << 22
 
 
 class TopK(NamedTuple):
@@ -46,7 +43,7 @@ class TopK(NamedTuple):
 
 def cosine_topk(
     rows: AnyRows,
-    directions: np.ndarray | torch.Tensor,
+    directions: np.ndarray | torch.Tensor | UnitDirections,
     k: int,
     largest: bool = True,
     *,
@@ -79,23 +76,19 @@ def cosine_topk(
         raise ConfigError(f"k must be at least 1, not {k}")
     if _ranks_on_device(rows, impl):
         return _device_topk(rows, directions, k, largest, minus, norms)  # type: ignore[arg-type]
-    units = unit_directions(directions, rows.shape[1])
+    units = prepared_directions(directions, rows.shape[1])
     best = StreamingTopK(k, directions=len(units), largest=largest)
-    lengths = check_norms(norms, len(rows))
-    block_rows = max(1, BLOCK_SCORES // len(units))
-    for start in range(0, len(rows), block_rows):
-        part = slice(start, start + block_rows)
-        scores = cosine_scores(
-            rows[part],
-            units,
-            impl=impl,
-            norms=None if lengths is None else lengths[part],
-            row_dtype=row_dtype,
-            **({} if minus is None else {"minus": minus[part]}),
-        )
+    for start, scores in cosine_blocks(
+        rows,  # type: ignore[arg-type]  # DeviceScaledRows are ranked on the device
+        units,
+        minus=minus,  # type: ignore[arg-type]
+        impl=impl,
+        norms=norms,
+        row_dtype=row_dtype,
+    ):
         best.update(scores, start)
-    scores, numbers = best.result()
-    return TopK(scores, numbers, int(best.nan_count[0]))
+    found, numbers = best.result()
+    return TopK(found, numbers, int(best.nan_count[0]))
 
 
 def _ranks_on_device(rows: AnyRows, impl: Impl) -> bool:
@@ -113,7 +106,7 @@ def _ranks_on_device(rows: AnyRows, impl: Impl) -> bool:
 
 def _device_topk(
     rows: torch.Tensor | DeviceScaledRows,
-    directions: np.ndarray | torch.Tensor,
+    directions: np.ndarray | torch.Tensor | UnitDirections,
     k: int,
     largest: bool,
     minus: torch.Tensor | DeviceScaledRows | None,
@@ -128,7 +121,7 @@ def _device_topk(
     import torch
 
     cosine_triton.check_device(rows)
-    units = unit_directions(directions, rows.shape[1])
+    units = prepared_directions(directions, rows.shape[1]).exact
     lengths = check_norms(norms, len(rows))
     best = topk_triton.DeviceTopK(cosine_triton.DeviceDirections(units, rows.device), k, largest=largest)
     best.update(
