@@ -24,6 +24,7 @@ from pairtrace.engine.rendering import RenderedPair, Renderer
 from pairtrace.errors import (
     StoreMismatchError,
 )
+from pairtrace.kernels.int8 import ScaledRows
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.verify import verify
 from tests.engine.extraction import config_for, contents, pair, write_rows
@@ -56,6 +57,28 @@ def test_values_equal_the_plain_forward(model: Path, tmp_path: Path) -> None:
     for result in good:
         assert ids[result.row].tobytes() == result.pair_id
         assert tokens[result.row].tolist() == [result.prompt_tokens, result.chosen_tokens, result.rejected_tokens]
+
+
+def test_int8_rows_are_the_float32_rows_within_half_a_step(model: Path, tmp_path: Path) -> None:
+    """The same run twice, at the two ends of precision; the int8 store is compressed and knows how it was made."""
+    template = tmp_path / "own.jinja"
+    template.write_text(load_tokenizer(model).chat_template)
+    exact, rounded = (
+        config_for(model, tmp_path / dtype, limit=40, sides=True, dtype=dtype, codec=codec, chat_template=str(template))
+        for dtype, codec in (("float32", "none"), ("int8", "zstd:3"))
+    )
+    assert extract(exact).ok == extract(rounded).ok > 0
+    wide, store = ActivationStore.open(exact.store), ActivationStore.open(rounded.store)
+    assert verify(rounded.store).ok
+    assert (store.manifest.codec, store.manifest.chat_template) == ("zstd:3", str(template))
+    for layer in (2, 4):
+        for array in ("diff", "chosen", "rejected"):
+            for start, rows in store.blocks(layer, array):
+                assert isinstance(rows, ScaledRows)
+                step = rows.row_scale[:, None] * rows.column_scale
+                expected = wide.take(layer, np.arange(start, start + len(rows)), array)
+                assert (np.abs(rows.decode() - expected) <= 0.5 * step * (1 + 1e-4)).all()
+        np.testing.assert_array_equal(store.norms(layer), wide.norms(layer))
 
 
 @pytest.mark.parametrize("data", [HH, SHAREGPT], ids=["hh", "sharegpt"])

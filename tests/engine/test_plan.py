@@ -14,7 +14,9 @@ from pairtrace.engine.pairs import open_pairs
 from pairtrace.engine.plan import GPU_FLOPS, PlanConfig, _total, plan
 from pairtrace.engine.rendering import Quarantined, Renderer
 from pairtrace.errors import ConfigError, LayerError, UnsupportedModelError
+from pairtrace.store.layout import array_specs
 from tests.models import HH, make_config, make_tokenizer
+from tests.store.samples import make_manifest
 
 TYPES = ["gpt_neox", "llama", "olmo2", "phi", "qwen2", "qwen3", "starcoder2", "gemma2"]
 
@@ -183,6 +185,13 @@ def test_the_store_size_is_that_of_the_arrays(data: str, model: str, tmp_path: P
     assert len(chunks) == 4 * len(arrays)
     planned = 256 * (16 + 12 + 1 + 2 * (32 * 2 + 4))
     assert sum(chunk.stat().st_size for chunk in chunks) == planned + 4 * len(chunks)
+
+
+def test_the_store_size_of_int8_counts_the_scales(data: str, model: str) -> None:
+    made = plan(config(data, model, layers=(1, 3), sides=True, dtype="int8", sample=10))
+    manifest = make_manifest(rows=600, width=32, layers=(1, 3), sides=True, dtype="int8", shard_rows=64)
+    numeric = [spec for spec in array_specs(manifest).values() if not spec.is_text]
+    assert made.store_bytes == sum(spec.rows * spec.row_bytes for spec in numeric)
 
 
 def test_devices_and_prices(data: str, model: str) -> None:
