@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from pairtrace.engine.directions import Direction
-from pairtrace.kernels.cosine import cosine_max, cosine_scores
+from pairtrace.kernels.cosine import UnitDirections, cosine_max, cosine_scores, prepare_directions
 from pairtrace.kernels.int8 import ScaledRows
 from pairtrace.store.reader import ActivationStore
 
@@ -57,11 +58,18 @@ class Scorer:
         The same rows give the same bits wherever and however often they are scored.
         """
         block = np.empty((len(rows), len(self.vector_columns) + len(self.banks)), np.float32)
-        if self.vectors is not None:
-            block[:, self.vector_columns] = cosine_scores(rows, self.vectors, row_dtype=self.row_dtype)
-        for column, bank in zip(self.bank_columns, self.banks, strict=True):
+        vectors, banks = self._units
+        if vectors is not None:
+            block[:, self.vector_columns] = cosine_scores(rows, vectors, row_dtype=self.row_dtype)
+        for column, bank in zip(self.bank_columns, banks, strict=True):
             block[:, column] = cosine_max(rows, bank, row_dtype=self.row_dtype)
         return block
+
+    @cached_property
+    def _units(self) -> tuple[UnitDirections | None, tuple[UnitDirections, ...]]:
+        """Vectors and banks divided by their norms, once for all blocks; made where the blocks are."""
+        vectors = None if self.vectors is None else prepare_directions(self.vectors)
+        return vectors, tuple(prepare_directions(bank) for bank in self.banks)
 
 
 def local_scores(
