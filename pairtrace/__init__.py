@@ -14,6 +14,7 @@ from pairtrace.version import __version__
 
 if TYPE_CHECKING:
     from pairtrace.engine.behavior import BehaviorConfig, build_behavior
+    from pairtrace.engine.convert import ConvertConfig, convert
     from pairtrace.engine.extract import ExtractConfig, extract
     from pairtrace.engine.pairs import open_pairs
     from pairtrace.engine.plan import PlanConfig, plan
@@ -25,11 +26,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationStore",
     "BehaviorConfig",
+    "ConvertConfig",
     "ExtractConfig",
     "PlanConfig",
     "ScoreConfig",
     "__version__",
     "build_behavior",
+    "convert",
     "extract",
     "open_pairs",
     "plan",
@@ -42,10 +45,12 @@ __all__ = [
 _HOMES = {
     "ActivationStore": "pairtrace.store.reader",
     "BehaviorConfig": "pairtrace.engine.behavior",
+    "ConvertConfig": "pairtrace.engine.convert",
     "ExtractConfig": "pairtrace.engine.extract",
     "PlanConfig": "pairtrace.engine.plan",
     "ScoreConfig": "pairtrace.engine.score",
     "build_behavior": "pairtrace.engine.behavior",
+    "convert": "pairtrace.engine.convert",
     "extract": "pairtrace.engine.extract",
     "open_pairs": "pairtrace.engine.pairs",
     "plan": "pairtrace.engine.plan",

@@ -16,12 +16,13 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from pairtrace.cli import app
+from tests.engine.small_store import make_store
 from tests.models import HH, make_model, make_tokenizer
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 COMMANDS = [
     *("extract", "plan", "behavior", "score", "top", "sources", "edit", "restore", "demo", "version"),
-    *("store info", "store verify"),
+    *("store info", "store verify", "store convert"),
 ]
 
 
@@ -107,6 +108,10 @@ def test_wrong_usage_is_exit_code_two(arguments: list[str]) -> None:
         (["extract", "nowhere.jsonl", "--model", "m", "--layers", "one", "--store", "s"], "--layers is 'one'"),
         (["store", "info", "nowhere.zarr"], "nowhere.zarr"),
         (["store", "verify", "nowhere.zarr"], "nowhere.zarr"),
+        (["store", "convert", "nowhere.zarr", "b.zarr", "--dtype", "int8"], "nowhere.zarr"),
+        (["store", "convert", "nowhere.zarr", "b.zarr", "--dtype", "int4"], "--dtype is 'int4'"),
+        (["store", "convert", "nowhere.zarr", "b.zarr", "--codec", "gzip"], "unknown codec 'gzip'"),
+        (["store", "convert", "nowhere.zarr", "b.zarr"], "nothing to convert to"),
         (["score", "nowhere.zarr", "b.safetensors", "--out", "s.parquet"], "nowhere.zarr"),
         (["top", "nowhere.parquet"], "nowhere.parquet"),
         (["sources", "nowhere.parquet"], "nowhere.parquet"),
@@ -200,3 +205,19 @@ def test_library_names_are_lazy_and_complete() -> None:
         assert getattr(pairtrace, name) is not None
     with pytest.raises(AttributeError, match="nonsense"):
         pairtrace.nonsense  # noqa: B018
+
+
+def test_convert_shows_a_table_of_fidelity_and_the_same_as_json(tmp_path: Path) -> None:
+    store = make_store(tmp_path).path
+    shown = run("store", "convert", store, tmp_path / "b.zarr", "--dtype", "int8", "--codec", "zstd:1", "--no-fsync")
+    assert shown.exit_code == 0
+    assert re.search(r"behavior +layer +rows +spearman +top_rows +top_overlap", shown.stdout)
+    assert re.search(r"random-7 +5 +297 +0\.\d{5} +3 ", shown.stdout)
+    again = run("store", "convert", store, tmp_path / "b.zarr", "--dtype", "int8", "--codec", "zstd:1", "--json")
+    summary = json.loads(again.stdout)
+    assert summary["already_complete"]
+    assert (summary["dtype_after"], summary["codec_after"]) == ("int8", "zstd:1")
+    assert len(summary["fidelity"]) == 18
+    info = json.loads(run("store", "info", tmp_path / "b.zarr", "--json").stdout)
+    assert info["converted_from"] == "float16"
+    assert run("store", "verify", tmp_path / "b.zarr").exit_code == 0

@@ -162,7 +162,9 @@ def _agreement(
 def _best_rows(scores: np.ndarray, k: int) -> np.ndarray:
     best = StreamingTopK(k)
     best.update(scores, 0)
-    return best.result()[1][0]
+    _, rows = best.result()
+    chosen: np.ndarray = rows[0]
+    return chosen
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
@@ -177,7 +179,7 @@ def _mean_ranks(values: np.ndarray) -> np.ndarray:
     """Ranks from 0, float64 [n]; equal values share the mean of theirs."""
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
     shared: np.ndarray = np.cumsum(counts) - (counts + 1) / 2
-    ranks: np.ndarray = shared[group]
+    ranks: np.ndarray = np.take(shared, group)
     return ranks
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from pairtrace.engine.backend import Backend, OnPack, Pooled
 from pairtrace.engine.rendering import Quarantined, RenderedPair
+from pairtrace.engine.rounding import LARGEST
 from pairtrace.errors import StoreDamagedError
 from pairtrace.store.layout import OK, QUARANTINED, to_float32
 from pairtrace.store.reuse import PairIndex
@@ -19,9 +20,6 @@ from pairtrace.store.rows import RowReader
 from pairtrace.store.writer import ShardBlock
 
 OWN_STORE = -1
-# Largest finite value of each store dtype.
-# The scales of int8 rows are float32 and take up to sqrt(n * D) times the largest value.
-LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38, "float32": float(np.finfo(np.float32).max), "int8": 1e30}
 
 
 @dataclass(frozen=True, slots=True)

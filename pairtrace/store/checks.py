@@ -15,8 +15,10 @@ from pairtrace.kernels.norms import row_norms
 from pairtrace.store.layout import OK, QUARANTINED, scale_names
 
 # Relative error of one rounding (with a factor 2 to spare) and the smallest positive number, per dtype: the
-# norm was taken before rounding, and |norm(x + e) - norm(x)| <= norm(e).
+# norm was taken before rounding, and |norm(x + e) - norm(x)| <= norm(e). Rows that came from int8 have lost their
+# scales; what they lost is a few percent of their norm at most.
 _ROUNDING = {
+    "int8": (2.0**-3, 0.0),
     "float16": (2.0**-10, 2.0**-24),
     "bfloat16": (2.0**-7, 2.0**-126),
     "float32": (1e-5, 2.0**-126),
@@ -43,6 +45,11 @@ class Problem:
         where = "" if self.shard is None else f", shard {self.shard}"
         rows = "" if self.rows is None else f" (rows {self.rows[0]} to {self.rows[1] - 1})"
         return f"{self.array}{where}{rows}: {self.what}"
+
+
+def coarser(dtype: str, converted_from: str | None) -> str:
+    """Which of two dtypes rounds more."""
+    return max(filter(None, (dtype, converted_from)), key=lambda one: _ROUNDING[one][0])
 
 
 def check_rows(small: Mapping[str, np.ndarray], shard: int, span: tuple[int, int]) -> Iterator[Problem]:
@@ -108,7 +115,7 @@ def check_vectors(
         name: of the array.
         rows: [n, D].
         small: the other arrays of the shard that could be read; `status` is among them.
-        dtype: of the store.
+        dtype: of the store, or of the one that it was converted from, whichever is coarser.
         shard: its number.
         span: its first row, and the row after its last.
     """

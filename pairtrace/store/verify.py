@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pairtrace.kernels.int8 import ScaledRows
-from pairtrace.store.checks import Problem, check_rows, check_scales, check_vectors
+from pairtrace.store.checks import Problem, check_rows, check_scales, check_vectors, coarser
 from pairtrace.store.chunks import decode
 from pairtrace.store.layout import ROW_ARRAYS, ArraySpec, array_specs, is_scaled, scale_names
 from pairtrace.store.location import Location, StorePath, open_location
@@ -155,7 +155,8 @@ def _check_shard(location: Location, manifest: Manifest, specs: dict[str, ArrayS
             assert isinstance(rows, np.ndarray)
             rows = ScaledRows(rows, row_scale, column_scale[0])
         if "status" in small:
-            yield from check_vectors(name, rows, small, manifest.dtype, shard, span)
+            rounded = coarser(manifest.dtype, manifest.converted_from)
+            yield from check_vectors(name, rows, small, rounded, shard, span)
 
 
 def _is_vectors(name: str) -> bool:
