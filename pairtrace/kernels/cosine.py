@@ -53,7 +53,7 @@ Rows: TypeAlias = "np.ndarray | torch.Tensor | ScaledRows"
 Directions: TypeAlias = "np.ndarray | torch.Tensor | UnitDirections"
 
 # Up to this many directions one pass over the rows is faster than a matrix product.
-FUSED_DIRECTIONS = 16
+FUSED_DIRECTIONS = 24
 # Values (4 to 8 bytes each) that a block of converted rows or of scores may hold.
 BLOCK_VALUES = 1 << 20
 # Scores that exist at a time where a caller takes them block by block and rows are read in place.
@@ -249,10 +249,15 @@ def _plan(
         _numba_block(part, other_part, units, part_lengths, out)
         return out
 
+    block_rows = max(1, IN_PLACE_BLOCK_VALUES // K) if in_place else converted
+    if in_place and K > FUSED_DIRECTIONS:
+        from pairtrace.kernels import cosine_product
+
+        block_rows = cosine_product.whole_blocks(block_rows, width, K)
     return _Plan(
         rows=rows,
         directions=K,
-        block_rows=max(1, IN_PLACE_BLOCK_VALUES // K) if in_place else converted,
+        block_rows=block_rows,
         all_rows=max(1, count) if in_place else converted,
         score=score,
         on_host=True,
@@ -326,7 +331,8 @@ def cosine_blocks(
 
     Returns:
         Iterator over the first row of a block and its scores, float32 [n, K]. The next step may overwrite the scores:
-        copy what has to last. Block sizes depend on shapes and dtype alone.
+        copy what has to last. Block sizes depend on shapes and dtype alone; where rows are read in place the bits are
+        those of `cosine_scores`.
 
     Raises:
         ConfigError: as for `cosine_scores`, at once.

@@ -21,7 +21,8 @@ import numpy as np
 
 from pairtrace.kernels.cosine_numba import Side, normalized_rows
 
-# Float32 values of a block: 4 MB. Smaller blocks read the directions more often, larger ones leave the caches.
+# Float32 values of a block of rows or of its scores: 4 MB. Smaller blocks read the directions more often, larger ones
+# leave the caches.
 BLOCK_VALUES = 1 << 20
 
 # The limit on BLAS threads belongs to the process: two calls at once would restore each other's.
@@ -36,9 +37,15 @@ def _blas() -> Any:
     return ThreadpoolController().select(user_api="blas")
 
 
-def block_rows(width: int) -> int:
+def block_rows(width: int, directions: int) -> int:
     """Rows of a block."""
-    return max(1, BLOCK_VALUES // max(1, width))
+    return max(1, BLOCK_VALUES // max(width, directions))
+
+
+def whole_blocks(rows: int, width: int, directions: int) -> int:
+    """At most `rows` rows that are whole blocks, but at least one block: scored alone they have the same bits."""
+    size = block_rows(width, directions)
+    return max(size, rows // size * size)
 
 
 def product_scores(rows: Side, minus: Side, columns: np.ndarray, norms: np.ndarray | None, out: np.ndarray) -> None:
@@ -51,8 +58,9 @@ def product_scores(rows: Side, minus: Side, columns: np.ndarray, norms: np.ndarr
         norms: float32 [n] norms to use instead of the rows' own, contiguous.
         out: float32 [n, K], contiguous, overwritten.
     """
-    n, width = len(out), len(columns)
-    size = block_rows(width)
+    n = len(out)
+    width, K = columns.shape
+    size = block_rows(width, K)
     starts = iter(range(0, n, size))  # shared: each block goes to whoever asks first
 
     def score_blocks(starts: Iterator[int]) -> None:

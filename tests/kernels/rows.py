@@ -7,7 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from pairtrace.kernels.int8 import ScaledRows
+
 DTYPES = ("float32", "float16", "bfloat16")
+FORMATS = (*DTYPES, "int8")
 # Largest and smallest positive finite value.
 EXTREMES = {
     "float32": (3.4028235e38, 1.401298464324817e-45),
@@ -57,6 +60,33 @@ def awkward_rows(rng: np.random.Generator, count: int, width: int, dtype: str) -
             case 9 if dtype != "float16":
                 values[i] *= 1e21  # squares overflow in float32
     return values
+
+
+def awkward_scaled_rows(rng: np.random.Generator, count: int, width: int) -> tuple[ScaledRows, np.ndarray]:
+    """Scaled int8 rows with scales of many magnitudes, unusable ones among them, and their float64 values."""
+    values = rng.integers(-127, 128, (count, width)).astype(np.int8)
+    row_scale = 10.0 ** rng.uniform(-3, 3, count)
+    for i in range(count):
+        match int(rng.integers(0, 12)):
+            case 0:
+                values[i] = 0
+            case 1:
+                row_scale[i] = rng.choice([0.0, np.nan, np.inf])
+            case 2:
+                row_scale[i] = rng.choice([1e-44, 1e-38, 1e38])
+    column_scale = 10.0 ** rng.uniform(-3, 3, width)
+    rows = ScaledRows(values, row_scale.astype(np.float32), column_scale.astype(np.float32))
+    with np.errstate(invalid="ignore"):  # infinity times 0
+        exact = values * rows.row_scale.astype(np.float64)[:, None] * rows.column_scale.astype(np.float64)
+    return rows, exact
+
+
+def awkward_side(rng: np.random.Generator, count: int, width: int, kind: str) -> tuple[Any, dict[str, Any], np.ndarray]:
+    """Rows of one of `FORMATS`, the keyword arguments they need, and the float64 values they hold."""
+    if kind == "int8":
+        rows, exact = awkward_scaled_rows(rng, count, width)
+        return rows, {}, exact
+    return stored(awkward_rows(rng, count, width, kind), kind)
 
 
 def expected_scores(values: np.ndarray, directions: np.ndarray) -> np.ndarray:
