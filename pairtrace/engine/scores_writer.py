@@ -145,12 +145,16 @@ class PairNames:
         return cls(store.pair_ids(), _strings(pa.large_string(), offsets, data))
 
     def columns(self, rows: np.ndarray) -> list[pa.Array[Any]]:
-        """Row, pair_id (hex) and source of some rows, int64 [n]."""
+        """Row, pair_id (hex) and source of some rows, int64 [n], ascending, n > 0."""
+        first, last = int(rows[0]), int(rows[-1])
+        if last - first + 1 == len(rows):
+            identifiers, sources = self.identifiers[first : last + 1], self.sources.slice(first, len(rows))
+        else:
+            identifiers, sources = self.identifiers[rows], self.sources.take(pa.array(rows))
         offsets = np.arange(0, 32 * (len(rows) + 1), 32, dtype=np.int32)
         # Unlike indexing, take without a check of bounds lets other threads run.
-        digits = np.take(_HEX, self.identifiers[rows], mode="clip")
-        hexadecimal = _strings(pa.string(), offsets, digits)
-        return [pa.array(rows), hexadecimal, self.sources.take(pa.array(rows)).cast(pa.string())]
+        digits = np.take(_HEX, identifiers, mode="clip")
+        return [pa.array(rows), _strings(pa.string(), offsets, digits), sources.cast(pa.string())]
 
 
 def _strings(kind: pa.DataType, offsets: Any, data: Any) -> pa.Array[Any]:

@@ -11,23 +11,25 @@ from pairtrace.kernels.compiled import call, single_threaded
 
 @single_threaded
 def _split(body: Any, offsets: Any, data: Any) -> Any:
-    position: Any = 4
-    written: Any = 0
+    # Unsigned throughout: an index that may be negative is looked at twice.
+    size, room, head = np.uint64(body.shape[0]), np.uint64(data.shape[0]), np.uint64(4)
+    position: Any = head
+    written: Any = np.uint64(0)
     for i in range(offsets.shape[0] - 1):
-        if position + 4 > body.shape[0]:
+        if position + head > size:
             return False
-        length = np.int64(0)
+        length: Any = np.uint64(0)
         for byte in range(4):
-            length |= np.int64(body[position + byte]) << (8 * byte)
-        position += 4
-        if position + length > body.shape[0] or written + length > data.shape[0]:
+            length |= np.uint64(body[position + np.uint64(byte)]) << np.uint64(8 * byte)
+        position += head
+        if position + length > size or written + length > room:
             return False
         for j in range(length):
-            data[written + j] = body[position + j]
+            data[written + np.uint64(j)] = body[position + np.uint64(j)]
         position += length
         written += length
         offsets[i + 1] = written
-    return position == body.shape[0]
+    return position == size
 
 
 def split(body: np.ndarray, offsets: np.ndarray, data: np.ndarray) -> bool:
