@@ -68,8 +68,9 @@ class Manifest:
         dtype: element type of diff, chosen and rejected: "float16", "float32", "bfloat16" (stored as its uint16
             bits) or "int8" (scaled by row and by column of each shard).
         codec: compression of diff, chosen and rejected: "none", or NAME:LEVEL (see `parse_codec`).
-        converted_from: dtype of the store that this one's rows were rounded from; None for rows rounded from the
-            model's own output. A conversion that changes only the codec leaves it as it is.
+        converted_from: dtype of the store that this one's rows were rounded from, after several conversions the
+            coarsest on the way; None for rows rounded from the model's own output. A conversion that changes only the
+            codec leaves it as it is.
         sides: whether chosen and rejected are kept beside their difference.
         shard_rows: S, rows per shard. The last chunk of each array is padded to S rows on disk.
         compute_dtype: element type of the forward pass.

@@ -395,6 +395,7 @@ def test_directions_that_cannot_be_used_are_refused_before_the_work(tmp_path: Pa
     assert sorted((one.behavior, one.layer) for one in summary.fidelity) == [("bank", 5), ("harm", 5), ("plain", 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", [HH, SHAREGPT], ids=["hh", "sharegpt"])
 def test_int8_keeps_the_ranking_of_real_pairs(data: Path, tmp_path: Path) -> None:
     """A tiny random checkpoint over real pairs; the gate for a store that is to be scored.
@@ -408,22 +409,28 @@ def test_int8_keeps_the_ranking_of_real_pairs(data: Path, tmp_path: Path) -> Non
     store = str(tmp_path / "acts.zarr")
     extract(
         ExtractConfig(
-            data=str(data), model=str(tmp_path / "m0"), layers=(2,), store=store, limit=500, max_length=192, fsync=False
+            data=str(data),
+            model=str(tmp_path / "m0"),
+            layers=(1,),
+            store=store,
+            limit=500,
+            max_length=1024,
+            fsync=False,
         )
     )
     opened = ActivationStore.open(store)
-    rows = np.concatenate([np.asarray(part, np.float64) for _, part in opened.blocks(2)])[opened.status() == 1]
+    rows = np.concatenate([np.asarray(part, np.float64) for _, part in opened.blocks(1)])[opened.status() == 1]
     rng = np.random.default_rng(0)
     # Behaviours are means over some pairs; random directions besides.
-    means = [rows[rng.choice(len(rows), 30)].mean(axis=0) for _ in range(40)]
-    values = np.concatenate([means, rng.standard_normal((60, 128))]).astype(np.float32)
+    means = [rows[rng.choice(len(rows), 30)].mean(axis=0) for _ in range(80)]
+    values = np.concatenate([means, rng.standard_normal((120, 128))]).astype(np.float32)
     made = [
-        Direction(name=f"d{number}", layer=2, values=one[None], kind="vector", origin="test")
+        Direction(name=f"d{number}", layer=1, values=one[None], kind="vector", origin="test")
         for number, one in enumerate(values)
     ]
     save_directions(tmp_path / "many.safetensors", made, {})
     summary = run(store, tmp_path / "int8.zarr", dtype="int8", directions=(str(tmp_path / "many.safetensors"),))
-    assert len(summary.fidelity) == 100
+    assert len(summary.fidelity) == 200
     assert min(one.spearman for one in summary.fidelity if one.spearman is not None) >= 0.999
     overlaps = [one.top_overlap for one in summary.fidelity if one.top_overlap is not None]
     assert np.mean(overlaps) >= 0.98, overlaps
