@@ -84,9 +84,10 @@ class Command:
             watch.start()
             output, notes = child.communicate()
             watch.join()
-        # A note would be about something else than the usual way, for example the slow reference kernel.
-        if child.returncode or notes:
+        if child.returncode or "slow reference" in notes:
             sys.exit(f"{' '.join(command)} ended with {child.returncode}: {notes}")
+        if notes:
+            say(notes)
         return output
 
     def _watch(self, child: subprocess.Popen[str]) -> None:

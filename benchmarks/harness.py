@@ -47,10 +47,6 @@ class Timing:
         """How many times as long as `other`: the median over the rounds, each compared with its neighbour in time."""
         return statistics.median(mine / theirs for mine, theirs in zip(self.runs, other.runs, strict=True))
 
-    def less(self, other: Timing) -> Timing:
-        """What remains when the other's seconds are taken off, round by round."""
-        return Timing.of([mine - theirs for mine, theirs in zip(self.runs, other.runs, strict=True)])
-
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:

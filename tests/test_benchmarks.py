@@ -22,6 +22,12 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("speed_tables")
 
 
+@pytest.fixture
+def harness(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return importlib.import_module("harness")
+
+
 def run_quick(name: str, out: Path, folder: Path) -> dict[str, Any]:
     place = [] if name == "bench_cosine" else ["--dir", str(folder)]
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick", "--out", str(out), *place]
@@ -63,3 +69,25 @@ def test_missed_targets_are_told(tables: Any) -> None:
     ]
     assert tables.missed({"claims": claims}) == " Missed targets: speed 0.50 (target 0.9)."
     assert "All 1 targets" in tables.missed({"claims": claims[1:]})
+
+
+def test_rounds_are_interleaved_and_compared_with_their_neighbours(harness: Any) -> None:
+    order: list[str] = []
+    ticks = iter([0.0, 2.0, 2.0, 3.0, 3.0, 43.0, 43.0, 63.0])
+    calls = {name: lambda name=name: order.append(name) for name in ("slow", "fast")}
+    timings = harness.interleave(
+        calls, 2, clock=lambda: next(ticks), before=lambda name: order.append(f"before {name}")
+    )
+    one_round = ["before slow", "slow", "before fast", "fast"]
+    assert order == one_round * 3, "a round to warm up and two that count"
+    assert timings["slow"].runs == (2.0, 40.0) and timings["fast"].runs == (1.0, 20.0)
+    assert timings["slow"].over(timings["fast"]) == 2.0
+
+
+def test_too_little_disk_is_told_before_anything_is_written(harness: Any, tmp_path: Path) -> None:
+    with (
+        pytest.raises(SystemExit, match=r"GB free and this benchmark needs .* --dir"),
+        harness.workspace(tmp_path, 1 << 60),
+    ):
+        pytest.fail("there is no such disk")
+    assert not list(tmp_path.iterdir())
