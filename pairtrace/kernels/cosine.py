@@ -53,7 +53,7 @@ Rows: TypeAlias = "np.ndarray | torch.Tensor | ScaledRows"
 Directions: TypeAlias = "np.ndarray | torch.Tensor | UnitDirections"
 
 # Up to this many directions one pass over the rows is faster than a matrix product.
-FUSED_DIRECTIONS = 24
+FUSED_DIRECTIONS = 32
 # Values (4 to 8 bytes each) that a block of converted rows or of scores may hold.
 BLOCK_VALUES = 1 << 20
 # Scores that exist at a time where a caller takes them block by block and rows are read in place.

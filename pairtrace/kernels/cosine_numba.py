@@ -43,8 +43,8 @@ class Side:
     """Rows of one side of the difference, as the kernels read them.
 
     Attributes:
-        words: float32, uint16 (float16 bits), int16 (bfloat16 bits) or int8; flat, contiguous: row i is
-            `words[i * stride : i * stride + D]`. Booleans where there is no such side.
+        words: float32, uint16 (float16 bits), int16 (bfloat16 bits) or int8; the first word of row i is `i * stride`
+            words from its start, each row contiguous. Booleans where there is no such side.
         stride: distance between rows in words.
         columns: float32 [D] column scales of int8 words, else empty; contiguous.
         row_scale: float32 [n] row scales of int8 words, else empty; contiguous.
@@ -62,11 +62,9 @@ class Side:
         words = words.view(np.uint16) if words.dtype == np.float16 else words
         n, width = words.shape
         stride = words.strides[0] // words.itemsize if n > 1 else width
-        length = (n - 1) * stride + width
-        flat = np.lib.stride_tricks.as_strided(words, (length,), (words.itemsize,), writeable=False)
         scales = (rows.column_scale, rows.row_scale)
         columns, row_scale = (NO_VALUES if scale is None else np.ascontiguousarray(scale) for scale in scales)
-        return cls(flat, stride, columns, row_scale)
+        return cls(words, stride, columns, row_scale)
 
     def arguments(self) -> tuple[Any, ...]:
         """What the kernels take: a word, whose type says the format, and addresses."""
