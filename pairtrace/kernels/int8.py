@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pairtrace.errors import ConfigError
+from pairtrace.kernels.half import half_to_float32
 
 # Symmetric: -128 is never used.
 LARGEST = 127
@@ -67,13 +68,11 @@ class ScaledRows:
 
 def _float32_blocks(rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """Rows as float32 [n, D], contiguous and read-only, with their first row."""
-    from pairtrace.kernels import int8_numba
-
     block_rows = max(1, _BLOCK_VALUES // max(1, rows.shape[1]))
     for start in range(0, len(rows), block_rows):
         block = np.ascontiguousarray(rows[start : start + block_rows]).view(np.ndarray)
         if block.dtype == np.float16:
-            block = int8_numba.decode_half(block.view(np.uint16))
+            block = half_to_float32(block)
         with np.errstate(over="ignore"):  # a float64 value beyond the range becomes infinite and is reported so
             block = block.astype(np.float32, copy=False).view()
         block.flags.writeable = False

@@ -12,38 +12,12 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import prange, types
-from numba.extending import intrinsic
+from numba import prange
 
 from pairtrace.kernels.compiled import parallel, run
 
 # Columns of one task.
 TASK_COLUMNS = 128
-
-
-def _half_for(typingctx: Any, word: Any) -> Any:
-    """float32 value of the bits of a float16."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(builder.bitcast(args[0], ir.HalfType()), ir.FloatType())
-
-    return types.float32(types.uint16), codegen
-
-
-_half: Any = intrinsic(_half_for)
-
-
-@numba.njit
-def _decode_row(words: Any, row: Any) -> None:
-    for j in range(row.shape[0]):
-        row[j] = _half(words[j])
-
-
-@parallel
-def _decode(words: Any, rows: Any) -> None:
-    for i in prange(words.shape[0]):
-        _decode_row(words[i], rows[i])
 
 
 @numba.njit(fastmath={"reassoc", "contract"})
@@ -99,16 +73,6 @@ def _encode(rows: Any, inverse: Any, steps: float, values: Any, scales: Any) -> 
         largest = _largest(rows[i], inverse)
         scales[i] = largest / steps
         _round_row(rows[i], inverse, steps / largest if largest > 0.0 else 0.0, values[i])
-
-
-def decode_half(words: np.ndarray) -> np.ndarray:
-    """The bits of float16 rows, uint16 [n, D], as float32; NumPy takes many times as long."""
-    # Read-only and writable arrays are types of their own to Numba: a read-only view compiles once.
-    words = words.view()
-    words.flags.writeable = False
-    rows = np.empty(words.shape, np.float32)
-    run(_decode, words, rows)
-    return rows
 
 
 def row_norms(rows: np.ndarray) -> np.ndarray:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from pairtrace.kernels.half import half_to_float32
 from pairtrace.kernels.int8 import ScaledRows
 from pairtrace.store.codecs import Codec, parse_codec
 from pairtrace.store.manifest import Manifest
@@ -239,4 +240,6 @@ def to_float32(values: np.ndarray | ScaledRows) -> npt.NDArray[np.float32]:
         return values.decode()
     if values.dtype == np.uint16:
         return (values.astype(np.uint32) << 16).view(np.float32)
+    if values.dtype == np.float16:
+        return half_to_float32(values)
     return values.astype(np.float32)

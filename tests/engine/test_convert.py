@@ -80,10 +80,8 @@ def rounded_as_torch(values: np.ndarray, dtype: str) -> np.ndarray:
 
 @pytest.mark.parametrize("after", DTYPES)
 @pytest.mark.parametrize("before", DTYPES)
-@pytest.mark.parametrize("codec", ["none", "zstd:1"])
-def test_rows_are_rounded_once_and_all_else_stays(before: str, after: str, codec: str, tmp_path: Path) -> None:
-    if (before, "none") == (after, codec):
-        return
+def test_rows_are_rounded_once_and_all_else_stays(before: str, after: str, tmp_path: Path) -> None:
+    codec = "zstd:1" if after in (before, "int8") else "none"
     manifest = make_manifest(dtype=before, sides=True, rows=10, width=40)
     write_store(tmp_path / "a", manifest)
     summary = run(tmp_path / "a", tmp_path / "b", dtype=after, codec=codec)
