@@ -393,7 +393,6 @@ def test_directions_that_cannot_be_used_are_refused_before_the_work(tmp_path: Pa
     assert sorted((one.behavior, one.layer) for one in summary.fidelity) == [("bank", 5), ("harm", 5), ("plain", 5)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("data", [HH, SHAREGPT], ids=["hh", "sharegpt"])
 def test_int8_keeps_the_ranking_of_real_pairs(data: Path, tmp_path: Path) -> None:
     """A tiny random checkpoint over real pairs; the gate for a store that is to be scored.
