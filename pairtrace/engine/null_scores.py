@@ -12,7 +12,7 @@ import numpy as np
 from pairtrace.engine.progress import Progress
 from pairtrace.engine.scores_table import ScoresTable
 from pairtrace.errors import DataFormatError
-from pairtrace.kernels.cosine import cosine_blocks
+from pairtrace.kernels.cosine import RowDtype, cosine_blocks
 from pairtrace.kernels.histogram import ScoreHistogram
 from pairtrace.store.reader import ActivationStore
 
@@ -54,7 +54,7 @@ def random_tail(
     bank = int(entry["directions"]) if entry.get("kind") == "bank" else 1
     behaviors = max(1, _DIRECTIONS // bank)
     directions = np.random.default_rng(seed).standard_normal((behaviors * bank, opened.width)).astype(np.float32)
-    row_dtype = "bfloat16" if opened.manifest.dtype == "bfloat16" else None
+    row_dtype: RowDtype | None = "bfloat16" if opened.manifest.dtype == "bfloat16" else None
     histogram = ScoreHistogram()
     progress.start("random directions", opened.rows, "pairs")
     for _, rows in opened.blocks(layer):

@@ -114,11 +114,13 @@ class _Side:
         R = len(kinds[2])
         self.rows = [builder.gep(first, [builder.extract_value(starts, r)]) for r in range(R)]
         self.factors = [builder.extract_value(factors, r) for r in range(R)]
-        self.columns = builder.inttoptr(columns, _FLOAT.as_pointer())
+        self.columns = None if kinds[3] == types.none else builder.inttoptr(columns, _FLOAT.as_pointer())
 
     def column_factors(self, builder: Any, column: Any, lanes: int) -> Any:
-        """Float32 factors of int8 columns, to be loaded once for all rows; None for other formats."""
-        return _load(builder, builder.gep(self.columns, [column]), lanes) if self.word_type == types.int8 else None
+        """Float32 factors of int8 columns, to be loaded once for all rows; None where there are none."""
+        if self.word_type != types.int8 or self.columns is None:
+            return None
+        return _load(builder, builder.gep(self.columns, [column]), lanes)
 
     def values(self, builder: Any, r: int, column: Any, column_factors: Any, lanes: int) -> Any:
         """Float32 values of row r from `column` on."""
@@ -182,6 +184,7 @@ def _row_sums(
     unit_starts: Any,
     width: Any,
     ahead: Any,
+    squared: Any,
 ) -> Any:
     """Sum of squares of R rows (or differences of rows), and their products with C directions, each word read once.
 
@@ -193,7 +196,7 @@ def _row_sums(
         word: any value of the row format's type.
         address: int64, where the words are.
         starts: R int64, the first word of each row.
-        columns: int64, address of the float32 [D] factors of the columns; read where words are int8.
+        columns: int64, address of the float32 [D] factors of the columns; read where words are int8. None for none.
         factors: R float32, of the rows.
         minus_word: like `word`, of the side to subtract; False where there is none.
         minus_address: like `address`, for the other side.
@@ -205,21 +208,23 @@ def _row_sums(
         unit_starts: C int64 (none at all for C = 0), the first value of each direction.
         width: D, int64.
         ahead: two int64, how many words past the ones read to prefetch of each side, or None.
+        squared: None to leave the sums of squares out, otherwise anything.
 
     Returns:
-        R * (1 + C) float32: for each row its sum of squares, then its products.
+        R * (1 + C) float32: for each row its sum of squares, then its products; or R * C, the products.
     """
     R, C = len(starts), len(unit_starts)
     sides_arguments = (
         *(word, address, starts, columns, factors),
         *(minus_word, minus_address, minus_starts, minus_columns, minus_factors),
     )
-    result = types.UniTuple(types.float32, R * (1 + C))
-    signature = result(*sides_arguments, gain, units, unit_starts, width, ahead)
+    with_squares = squared != types.none
+    result = types.UniTuple(types.float32, R * (with_squares + C))
+    signature = result(*sides_arguments, gain, units, unit_starts, width, ahead, squared)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         sides = _sides(builder, signature.args, args)
-        gain, units, unit_starts, width, ahead_words = args[10:]
+        gain, units, unit_starts, width, ahead_words, _ = args[10:]
         first_unit = builder.inttoptr(units, _FLOAT.as_pointer())
         directions = [builder.gep(first_unit, [builder.extract_value(unit_starts, c)]) for c in range(C)]
         sums = {
@@ -240,8 +245,9 @@ def _row_sums(
             for r in range(R):
                 values = _difference(builder, sides, column_factors, r, column, lanes)
                 values = builder.fmul(values, _filled(builder, gain, lanes))
-                for c, weight in enumerate([values, *weights]):
-                    total = sums[lanes][r * (1 + C) + c]
+                factors = [values, *weights] if with_squares else weights
+                for c, weight in enumerate(factors):
+                    total = sums[lanes][r * len(factors) + c]
                     builder.store(_multiply_add(builder, values, weight, builder.load(total)), total)
 
         _for_all_columns(builder, width, sides[0].size, step)

@@ -130,7 +130,7 @@ def _divisor(squares: Any, scale: Any, norms: int, i: int) -> Any:
 
 
 @numba.njit
-def _four_sums(rows: Any, minus: Any, units: int, unit_starts: Any, width: int, i: int) -> Any:
+def _four_sums(rows: Any, minus: Any, units: int, unit_starts: Any, width: int, i: int, squared: Any) -> Any:
     """Sums of rows i to i + 3, without gains; meanwhile the four rows after them are prefetched."""
     word, address, stride, columns, _ = rows
     minus_word, minus_address, minus_stride, minus_columns, _ = minus
@@ -154,6 +154,7 @@ def _four_sums(rows: Any, minus: Any, units: int, unit_starts: Any, width: int, 
         unit_starts,
         width,
         (GROUP * stride, GROUP * minus_stride),
+        squared,
     )
 
 
@@ -174,7 +175,7 @@ def _ranged_sums(rows: Any, minus: Any, units: int, unit_starts: Any, width: int
     before, after = ONE, ONE
     for _ in range(2):
         row, minus_row = _one_row(rows, minus, i, before)
-        sums = row_sums(*row, *minus_row, after, units, unit_starts, width, None)
+        sums = row_sums(*row, *minus_row, after, units, unit_starts, width, None, True)
         if before != ONE or after != ONE:
             break
         before, after = _gains(sums[0])
@@ -191,7 +192,7 @@ def _score_group(
     C = len(unit_starts)
     whole = first + GROUP <= out.shape[0]
     if whole:
-        sums = _four_sums(rows, minus, units, unit_starts, width, first)
+        sums = _four_sums(rows, minus, units, unit_starts, width, first, True)
     for r in range(min(GROUP, out.shape[0] - first)):
         i = first + r
         scale = _row_factors(rows, minus, i)[2]
@@ -204,6 +205,54 @@ def _score_group(
             divisor = _divisor(own[0], scale * np.float64(before) * np.float64(after), norms, i)
             for c in range(min(C, out.shape[1] - k)):
                 out[i, k + c] = np.float64(own[1 + c]) / divisor
+
+
+@numba.njit
+def _score_scaled_group(
+    rows: Any,
+    minus: Any,
+    units: int,
+    weights: int,
+    unit_starts: Any,
+    width: int,
+    norms: int,
+    out: Any,
+    first: int,
+    k: int,
+) -> None:
+    """`_score_group` for int8 rows with given norms: finite as they are, they need no sum of squares.
+
+    With `weights`, the directions times the columns' scales, three instructions per vector are left of five, which,
+    and not the memory, would set the pace. A row whose products might say that it is zero or out of range is left to
+    `_score_group`.
+    """
+    C = len(unit_starts)
+    if first + GROUP > out.shape[0]:
+        _score_group(rows, minus, units, unit_starts, width, norms, out, first, k)
+        return
+    word, address, stride, _, _ = rows
+    ones = (ONE, ONE, ONE, ONE)
+    starts = (first * stride, (first + 1) * stride, (first + 2) * stride, (first + 3) * stride)
+    nothing = (0, 0, 0, 0)
+    sums = row_sums(
+        *(word, address, starts, None, ones),
+        *(False, 0, nothing, 0, ones),
+        ONE,
+        weights,
+        unit_starts,
+        width,
+        (GROUP * stride, 0),
+        None,
+    )
+    for r in range(GROUP):
+        i = first + r
+        divisor = _divisor(ONE, _row_factors(rows, minus, i)[2], norms, i)
+        for c in range(min(C, out.shape[1] - k)):
+            size = abs(sums[r * C + c])
+            if not (size >= SAFE_LOW and size <= SAFE_HIGH):
+                _score_group(rows, minus, units, unit_starts, width, norms, out, first, k)
+                return
+            out[i, k + c] = np.float64(sums[r * C + c]) / divisor
 
 
 @parallel
@@ -220,13 +269,31 @@ def _many_directions(rows: Any, minus: Any, units: int, width: int, norms: int, 
             _score_group(rows, minus, units, unit_starts, width, norms, out, group * GROUP, k)
 
 
+@parallel
+def _scaled_rows_one_direction(
+    rows: Any, minus: Any, units: int, weights: int, width: int, norms: int, out: Any
+) -> None:
+    for group in prange(-(-out.shape[0] // GROUP)):
+        _score_scaled_group(rows, minus, units, weights, (0,), width, norms, out, group * GROUP, 0)
+
+
+@parallel
+def _scaled_rows_many_directions(
+    rows: Any, minus: Any, units: int, weights: int, width: int, norms: int, out: Any
+) -> None:
+    for group in prange(-(-out.shape[0] // GROUP)):
+        for k in range(0, out.shape[1], GROUP):
+            unit_starts = (k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width)
+            _score_scaled_group(rows, minus, units, weights, unit_starts, width, norms, out, group * GROUP, k)
+
+
 @single_threaded
 def _normalized(rows: Any, minus: Any, norms: int, first: int, out: int, count: int, width: int) -> None:
     for r in range(count):
         i = first + r
         whole = r - r % GROUP + GROUP <= count
         if whole and r % GROUP == 0:
-            sums = _four_sums(rows, minus, 0, (), width, i)
+            sums = _four_sums(rows, minus, 0, (), width, i, True)
         before, after = ONE, ONE
         if whole and sums[r % GROUP] >= SAFE_LOW and sums[r % GROUP] <= SAFE_HIGH:
             squares = sums[r % GROUP]
@@ -257,8 +324,14 @@ def fused_scores(
         norms: float32 [n] norms to use instead of the rows' own, contiguous.
         out: float32 [n, K], overwritten.
     """
-    kernel = _one_direction if out.shape[1] == 1 else _many_directions
-    run(kernel, rows.arguments(), minus.arguments(), directions.ctypes.data, width, _address(norms), out)
+    one = out.shape[1] == 1
+    sides = rows.arguments(), minus.arguments(), directions.ctypes.data
+    if norms is not None and minus is NO_SIDE and rows.words.dtype == np.int8:
+        weights = directions.reshape(-1, width) * rows.columns
+        kernel = _scaled_rows_one_direction if one else _scaled_rows_many_directions
+        run(kernel, *sides, weights.ctypes.data, width, _address(norms), out)
+    else:
+        run(_one_direction if one else _many_directions, *sides, width, _address(norms), out)
 
 
 def normalized_rows(rows: Side, minus: Side, norms: np.ndarray | None, first: int, out: np.ndarray) -> None:
