@@ -13,7 +13,7 @@ import numpy as np
 
 from pairtrace.engine.directions import Direction, load_directions
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
-from pairtrace.engine.score_blocks import Scorer
+from pairtrace.engine.score_blocks import Scorer, rounding_norms
 from pairtrace.engine.score_directions import select_directions
 from pairtrace.kernels.topk import StreamingTopK
 from pairtrace.store.layout import OK, to_float32
@@ -121,10 +121,13 @@ def compare(
     for layer, chosen in directions.items():
         scores = np.full((2, before.rows, len(chosen)), np.nan, np.float32)
         scorers = [Scorer.of(chosen, store.manifest.dtype) for store in (before, after)]
+        norms = [rounding_norms(store, layer) for store in (before, after)]
         for (start, rows), (other, rounded) in zip(before.blocks(layer), after.blocks(layer), strict=True):
             assert start == other and len(rows) == len(rounded)
-            scores[0, start : start + len(rows)] = scorers[0].scores(rows)
-            scores[1, start : start + len(rows)] = scorers[1].scores(rounded)
+            span = slice(start, start + len(rows))
+            for side, block in enumerate((rows, rounded)):
+                given = norms[side]
+                scores[side, span] = scorers[side].scores(block, None if given is None else given[span])
             progress.advance(1)
         scores[:, ~usable] = np.nan
         found += [

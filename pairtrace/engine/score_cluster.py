@@ -141,6 +141,8 @@ def _score_shard(path: str, identity: str, array: str, shard: int, scorer: Score
     threads = numba.get_num_threads()
     numba.set_num_threads(1)
     try:
-        return scorer.scores(reader.vectors(array, shard, checksum=checksum))
+        scaled = reader.manifest.dtype == "int8"
+        norms = reader.chunk(array.replace("diff/", "norm/"), shard, checksum=checksum) if scaled else None
+        return scorer.scores(reader.vectors(array, shard, checksum=checksum), norms)
     finally:
         numba.set_num_threads(threads)

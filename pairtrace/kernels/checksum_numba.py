@@ -69,7 +69,7 @@ _step: Any = intrinsic(_step_for)
 
 
 @numba.njit
-def _times(a: Any, b: Any) -> Any:
+def times(a: Any, b: Any) -> Any:
     """Product modulo the polynomial."""
     product = np.uint64(0)
     for bit in range(32):
@@ -80,14 +80,14 @@ def _times(a: Any, b: Any) -> Any:
 
 
 @numba.njit
-def _power(count: Any) -> Any:
+def power_of_bytes(count: Any) -> Any:
     """x**(8 * count): what `count` bytes of zeros behind a message multiply its state by."""
     power = np.uint64(UNITY)
     square = np.uint64(UNITY >> 8)
     while count > 0:
         if count & 1:
-            power = _times(power, square)
-        square = _times(square, square)
+            power = times(power, square)
+        square = times(square, square)
         count >>= 1
     return power
 
@@ -102,7 +102,7 @@ def _byte_wise(state: Any, data: Any, start: int, stop: int) -> Any:
 
 
 @numba.njit
-def _piece(data: Any, start: int, stop: int, state: Any, power: Any) -> Any:
+def piece_state(data: Any, start: int, stop: int, state: Any, power: Any) -> Any:
     """State after the bytes [start, stop); `power` belongs to a third of their whole words."""
     third = (stop - start) // 24 * 8
     first, second, last = state, np.uint64(0), np.uint64(0)
@@ -110,7 +110,7 @@ def _piece(data: Any, start: int, stop: int, state: Any, power: Any) -> Any:
         first = _step(first, data, offset)
         second = _step(second, data, offset + third)
         last = _step(last, data, offset + 2 * third)
-    state = _times(power, _times(power, first) ^ second) ^ last
+    state = times(power, times(power, first) ^ second) ^ last
     offset = start + 3 * third
     while offset + 8 <= stop:
         state = _step(state, data, offset)
@@ -123,14 +123,14 @@ def _parallel_state(data: Any, state: Any, piece: int) -> Any:
     """State after all bytes: full pieces by all threads, then their states put together and the rest."""
     pieces = data.shape[0] // piece
     states = np.zeros(pieces, np.uint64)
-    third_power = _power(piece // 24 * 8)
+    third_power = power_of_bytes(piece // 24 * 8)
     for i in prange(pieces):
-        states[i] = _piece(data, i * piece, (i + 1) * piece, np.uint64(0), third_power)
-    piece_power = _power(piece)
+        states[i] = piece_state(data, i * piece, (i + 1) * piece, np.uint64(0), third_power)
+    piece_power = power_of_bytes(piece)
     for i in range(pieces):
-        state = _times(piece_power, state) ^ states[i]
+        state = times(piece_power, state) ^ states[i]
     rest = data.shape[0] - pieces * piece
-    return _piece(data, pieces * piece, data.shape[0], state, _power(rest // 24 * 8))
+    return piece_state(data, pieces * piece, data.shape[0], state, power_of_bytes(rest // 24 * 8))
 
 
 def crc32c_parallel(data: np.ndarray, value: int) -> int:

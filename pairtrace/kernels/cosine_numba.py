@@ -185,7 +185,7 @@ def _ranged_sums(rows: Any, minus: Any, units: int, unit_starts: Any, width: int
 
 
 @numba.njit
-def _score_group(
+def score_group(
     rows: Any, minus: Any, units: int, unit_starts: Any, width: int, norms: int, out: Any, first: int, k: int
 ) -> None:
     """Scores of up to four rows from `first` on with the directions k, k + 1, ... at `unit_starts`."""
@@ -220,15 +220,15 @@ def _score_scaled_group(
     first: int,
     k: int,
 ) -> None:
-    """`_score_group` for int8 rows with given norms: finite as they are, they need no sum of squares.
+    """`score_group` for int8 rows with given norms: finite as they are, they need no sum of squares.
 
     With `weights`, the directions times the columns' scales, three instructions per vector are left of five, which,
     and not the memory, would set the pace. A row whose products might say that it is zero or out of range is left to
-    `_score_group`.
+    `score_group`.
     """
     C = len(unit_starts)
     if first + GROUP > out.shape[0]:
-        _score_group(rows, minus, units, unit_starts, width, norms, out, first, k)
+        score_group(rows, minus, units, unit_starts, width, norms, out, first, k)
         return
     word, address, stride, _, _ = rows
     ones = (ONE, ONE, ONE, ONE)
@@ -250,7 +250,7 @@ def _score_scaled_group(
         for c in range(min(C, out.shape[1] - k)):
             size = abs(sums[r * C + c])
             if not (size >= SAFE_LOW and size <= SAFE_HIGH):
-                _score_group(rows, minus, units, unit_starts, width, norms, out, first, k)
+                score_group(rows, minus, units, unit_starts, width, norms, out, first, k)
                 return
             out[i, k + c] = np.float64(sums[r * C + c]) / divisor
 
@@ -258,7 +258,7 @@ def _score_scaled_group(
 @parallel
 def _one_direction(rows: Any, minus: Any, units: int, width: int, norms: int, out: Any) -> None:
     for group in prange(-(-out.shape[0] // GROUP)):
-        _score_group(rows, minus, units, (0,), width, norms, out, group * GROUP, 0)
+        score_group(rows, minus, units, (0,), width, norms, out, group * GROUP, 0)
 
 
 @parallel
@@ -266,7 +266,7 @@ def _many_directions(rows: Any, minus: Any, units: int, width: int, norms: int, 
     for group in prange(-(-out.shape[0] // GROUP)):
         for k in range(0, out.shape[1], GROUP):
             unit_starts = (k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width)
-            _score_group(rows, minus, units, unit_starts, width, norms, out, group * GROUP, k)
+            score_group(rows, minus, units, unit_starts, width, norms, out, group * GROUP, k)
 
 
 @parallel

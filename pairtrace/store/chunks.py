@@ -9,6 +9,7 @@ durable before it gets its name, and to be mapped instead of copied.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -78,11 +79,18 @@ def _body(raw: RawBytes, spec: ArraySpec, *, checksum: bool) -> RawBytes:
         raise ValueError(f"its chunk has only {raw.size} bytes")
     body = raw[:-CHECKSUM_BYTES]
     if checksum or spec.chunk_bytes is None:
-        expected = int.from_bytes(raw[-CHECKSUM_BYTES:].tobytes(), "little")
-        actual = crc32c(body)
+        expected, actual = _written_checksum(raw), crc32c(body)
         if actual != expected:
-            raise ValueError(f"its checksum is {actual:08x} where {expected:08x} was written")
+            raise ValueError(_wrong_checksum(actual, expected))
     return body
+
+
+def _written_checksum(raw: RawBytes) -> int:
+    return int.from_bytes(raw[-CHECKSUM_BYTES:].tobytes(), "little")
+
+
+def _wrong_checksum(actual: int, expected: int) -> str:
+    return f"its checksum is {actual:08x} where {expected:08x} was written"
 
 
 def find_chunk(location: Location, spec: ArraySpec, shard: int, *, checksum: bool = True) -> np.ndarray | None:
@@ -110,6 +118,53 @@ def read_chunk(location: Location, spec: ArraySpec, shard: int, *, checksum: boo
     if rows is None:
         raise damaged(location, spec, shard, "its chunk is missing")
     return rows
+
+
+@dataclass(frozen=True, eq=False)
+class UncheckedChunk:
+    """A numeric chunk whose rows can be read while its checksum is still to be compared by whoever reads them.
+
+    Attributes:
+        rows: [n, ...], a view of `body`.
+        body: uint8, the bytes that the checksum covers.
+        expected: the CRC-32C that was written.
+        location: the store.
+        spec: the array.
+        shard: number of the shard.
+    """
+
+    rows: np.ndarray
+    body: RawBytes
+    expected: int
+    location: Location
+    spec: ArraySpec
+    shard: int
+
+    def compare(self, actual: int) -> None:
+        """Compare the checksum of `body`.
+
+        Raises:
+            StoreDamagedError: it is another one: nothing made of the rows may be used.
+        """
+        if actual != self.expected:
+            raise damaged(self.location, self.spec, self.shard, _wrong_checksum(actual, self.expected))
+
+
+def open_chunk(location: Location, spec: ArraySpec, shard: int) -> UncheckedChunk:
+    """The rows of one shard of an uncompressed array, checksum not yet compared.
+
+    Raises:
+        StoreDamagedError: the chunk is missing or has the wrong length.
+    """
+    assert not spec.is_text and spec.codec is None, spec.name
+    raw = location.read(spec.key(shard))
+    if raw is None:
+        raise damaged(location, spec, shard, "its chunk is missing")
+    try:
+        rows = decode(raw, spec, shard, checksum=False)
+    except ValueError as error:
+        raise damaged(location, spec, shard, str(error)) from error
+    return UncheckedChunk(rows, raw[:-CHECKSUM_BYTES], _written_checksum(raw), location, spec, shard)
 
 
 def read_strings(

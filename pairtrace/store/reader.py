@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pairtrace.errors import ConfigError, LayerError, StoreIncompleteError
 from pairtrace.kernels.int8 import ScaledRows
 from pairtrace.store.advice import resume_advice
-from pairtrace.store.chunks import read_chunk, read_strings
+from pairtrace.store.chunks import UncheckedChunk, read_chunk, read_strings
 from pairtrace.store.dask_view import dask_rows
 from pairtrace.store.layout import MISSING, OK, QUARANTINED, ROW_ARRAYS, ArraySpec, array_specs
 from pairtrace.store.location import LocalLocation, Location, StorePath, open_location
@@ -217,6 +217,27 @@ class ActivationStore:
             raise ConfigError(f"read_ahead must not be negative, but is {read_ahead}")
         return self._iterate(spec, step, checksum, read_ahead)
 
+    def blocks_to_check(
+        self, layer: int, array: str = "diff", *, read_ahead: int = 2
+    ) -> Iterator[tuple[int, np.ndarray | ScaledRows, UncheckedChunk | None]]:
+        """As `blocks`, by whole shards, but the checksum of mapped rows is left to the caller, who reads them anyway.
+
+        Yields:
+            first row, rows as in `blocks`, and what to compare before anything made of the rows is used; None where
+            nothing is left to compare.
+
+        Raises:
+            LayerError, ConfigError, StoreDamagedError: as for `blocks`, but for that checksum.
+        """
+        spec = self._row_spec(layer, array)
+        if spec.codec is not None or not isinstance(self._location, LocalLocation):
+            for start, rows in self.blocks(layer, array, read_ahead=read_ahead):
+                yield start, rows, None
+            return
+        with closing(self._mapped_shards(spec, self._location, read_ahead)) as shards:
+            for shard in shards:
+                yield spec.span(shard)[0], *self._reader.vectors_to_check(spec.name, shard)
+
     def take(
         self, layer: int, rows: Sequence[int] | np.ndarray, array: str = "diff", *, checksum: bool = False
     ) -> np.ndarray:
@@ -296,16 +317,22 @@ class ActivationStore:
         def load(shard: int) -> np.ndarray | ScaledRows:
             return self._reader.vectors(spec.name, shard, checksum=checksum)
 
-        shards, location = self.finished_shards(), self._location
+        location = self._location
         if spec.codec is not None or not isinstance(location, LocalLocation):
-            yield from ahead(shards, load, count=read_ahead, threads=read_ahead)
+            yield from ahead(self.finished_shards(), load, count=read_ahead, threads=read_ahead)
             return
-        keys = {spec.key(shard): shard for shard in shards}
-        with closing(asked_ahead(list(keys), location.is_cached, location.prefetch, count=read_ahead)) as present:
-            for key in present:
+        with closing(self._mapped_shards(spec, location, read_ahead)) as present:
+            for shard in present:
                 # The checksum is compared here, not ahead: what it has read is still in the processor's cache when the
                 # consumer reads it.
-                yield keys[key], load(keys[key])
+                yield shard, load(shard)
+
+    def _mapped_shards(self, spec: ArraySpec, location: LocalLocation, read_ahead: int) -> Generator[int]:
+        """Finished shards of an array in order, the next ones asked of the disk."""
+        keys = {spec.key(shard): shard for shard in self.finished_shards()}
+        with closing(asked_ahead(list(keys), location.is_cached, location.prefetch, count=read_ahead)) as present:
+            for key in present:
+                yield keys[key]
 
     def finished_shards(self) -> list[int]:
         """Numbers of the shards that were marked when the store was opened, ascending."""

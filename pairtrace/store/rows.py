@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pairtrace.kernels.int8 import ScaledRows
-from pairtrace.store.chunks import damaged, find_chunk, read_chunk
+from pairtrace.store.chunks import UncheckedChunk, damaged, find_chunk, open_chunk, read_chunk
 from pairtrace.store.layout import OK, QUARANTINED, ArraySpec, array_specs, is_scaled, scale_names, to_float32
 from pairtrace.store.location import Location, StorePath, open_location
 from pairtrace.store.manifest import Manifest
@@ -84,6 +84,23 @@ class RowReader:
             return values
         row_scale, column_scale = (self.chunk(scale, shard, checksum=checksum) for scale in scale_names(name))
         return ScaledRows(values, row_scale, column_scale[0])
+
+    def vectors_to_check(self, name: str, shard: int) -> tuple[np.ndarray | ScaledRows, UncheckedChunk | None]:
+        """As `vectors`, but the checksum of uncompressed rows is left to the caller, who reads them anyway.
+
+        Returns:
+            rows, and what to compare; None where nothing is left to compare.
+
+        Raises:
+            StoreDamagedError: as for `vectors`, but for that checksum.
+        """
+        if self._specs[name].codec is not None or (name, shard) in self._checked:
+            return self.vectors(name, shard), None
+        chunk = open_chunk(self._location, self._specs[name], shard)
+        if not is_scaled(name, self._specs):
+            return chunk.rows, chunk
+        row_scale, column_scale = (self.chunk(scale, shard) for scale in scale_names(name))
+        return ScaledRows(chunk.rows, row_scale, column_scale[0]), chunk
 
     def take(self, name: str, rows: Sequence[int] | npt.NDArray[np.int64], *, checksum: bool = True) -> np.ndarray:
         """Copy rows of one array, in the order asked for.
