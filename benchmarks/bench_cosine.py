@@ -276,7 +276,8 @@ def main(arguments: list[str] | None = None) -> None:
         },
     )
     directions = np.random.default_rng(1).standard_normal((max(DIRECTIONS), width), dtype=np.float32)
-    ways = competitors(options.threads)
+    norms = np.linalg.norm(distinct.astype(np.float64), axis=1).astype(np.float32)
+    ways = competitors(options.threads, repeated(norms, count))
     counts = DIRECTIONS[:3] if options.quick else DIRECTIONS
     runs = {many: measure(ways, data, directions[:many], options) for many in counts}
     results: dict[str, Any] = {}

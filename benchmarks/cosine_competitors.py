@@ -85,11 +85,28 @@ def _pairtrace(rows: np.ndarray | ScaledRows, directions: np.ndarray) -> Iterato
         yield scores
 
 
-def competitors(threads: int) -> list[Competitor]:
-    """Everything that takes rows as they are; FAISS, which needs an index, is apart."""
+def competitors(threads: int, norms: np.ndarray) -> list[Competitor]:
+    """Everything that takes rows as they are; FAISS, which needs an index, is apart.
+
+    Args:
+        threads: of every competitor.
+        norms: float32 [N], of the rows before they were rounded to int8; a store keeps them.
+    """
+
+    def with_norms(rows: Any, directions: np.ndarray) -> Iterator[np.ndarray]:
+        for _, scores in cosine_blocks(rows, directions, norms=norms[: len(rows)]):
+            yield scores
+
     found = [
         Competitor(name="pairtrace", family="pairtrace", blocks=_pairtrace),
-        Competitor(name="pairtrace, int8", family="pairtrace", dtype="int8", blocks=_pairtrace),
+        Competitor(name="pairtrace, int8, own norms", family="pairtrace", dtype="int8", blocks=_pairtrace),
+        Competitor(
+            name="pairtrace, int8",
+            family="pairtrace",
+            dtype="int8",
+            blocks=with_norms,
+            note="with the norms from before the rounding, which a store keeps and pairtrace score uses",
+        ),
         Competitor(
             name="torch cosine_similarity",
             family="torch cosine_similarity",

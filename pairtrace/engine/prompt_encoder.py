@@ -96,7 +96,13 @@ class PromptEncoder:
     def _render(self, name: str, messages: Sequence[dict[str, Any]]) -> str:
         options: dict[str, Any] = {} if self.chat_template is None else {"chat_template": self.chat_template}
         try:
-            text = apply_template(self.tokenizer, messages, generation_prompt=True, **options)
+            text = apply_template(
+                self.tokenizer,
+                messages,
+                generation_prompt=True,
+                name=f"the chat template of {self.model}",
+                **options,
+            )
         except TemplateRefusal as error:
             raise DataError(
                 f"{name}: the chat template of {self.model} refuses the conversation ({error}); "

@@ -24,6 +24,7 @@ def apply_template(
     messages: Sequence[Any],
     *,
     generation_prompt: bool,
+    name: str = "the chat template",
     tools: list[Any] | None = None,
     **variables: Any,
 ) -> str:
@@ -33,6 +34,7 @@ def apply_template(
         tokenizer: a transformers tokenizer.
         messages: the conversation.
         generation_prompt: end with the beginning of an answer.
+        name: what to call the template in a message.
         tools: what the template may list.
         variables: further variables of the template; `chat_template` replaces the tokenizer's own.
 
@@ -47,7 +49,7 @@ def apply_template(
             list(messages), tools=tools, tokenize=False, add_generation_prompt=generation_prompt, **variables
         )
     except jinja2.TemplateSyntaxError as error:
-        raise ModelError(f"the chat template is not valid Jinja (line {error.lineno}): {error.message}") from error
+        raise ModelError(f"{name} is not valid Jinja (line {error.lineno}): {error.message}") from error
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # A template may repeat the conversation's text, which need not be valid Unicode.
         detail = str(error).encode("utf-8", "backslashreplace").decode()

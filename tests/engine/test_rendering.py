@@ -186,7 +186,7 @@ class TestAgainstTrl:
         self, hh_plain: Case, hh_chatml: Case, sharegpt_thinking: Case, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         boundary = rendering._boundary
-        render_text = Renderer._render_text
+        apply_template = rendering.apply_template
         rows = 30
 
         def differing(case: Case, target: Any, name: str, mutant: Callable[..., Any]) -> int:
@@ -202,8 +202,10 @@ class TestAgainstTrl:
         assert differing(hh_plain, rendering, "_boundary", one_side) > 0
         no_eos = lambda self, pair: (pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected)  # noqa: E731
         assert differing(hh_plain, Renderer, "_append_eos", no_eos) > 20
-        no_generation_prompt = lambda self, messages, _, *rest: render_text(self, messages, False, *rest)  # noqa: E731
-        assert differing(hh_chatml, Renderer, "_render_text", no_generation_prompt) > 20
+        no_generation_prompt = lambda *texts, **options: apply_template(
+            *texts, **options | {"generation_prompt": False}
+        )  # noqa: E731
+        assert differing(hh_chatml, rendering, "apply_template", no_generation_prompt) > 20
 
         first_turn = [
             Pair(pair.row, pair.prompt[:1], pair.chosen, pair.rejected) if pair.prompt else pair
