@@ -202,9 +202,10 @@ class TestAgainstTrl:
         assert differing(hh_plain, rendering, "_boundary", one_side) > 0
         no_eos = lambda self, pair: (pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected)  # noqa: E731
         assert differing(hh_plain, Renderer, "_append_eos", no_eos) > 20
-        no_generation_prompt = lambda *texts, **options: apply_template(
-            *texts, **options | {"generation_prompt": False}
-        )  # noqa: E731
+
+        def no_generation_prompt(*texts: Any, **options: Any) -> str:
+            return apply_template(*texts, **options | {"generation_prompt": False})
+
         assert differing(hh_chatml, rendering, "apply_template", no_generation_prompt) > 20
 
         first_turn = [
