@@ -146,11 +146,12 @@ def score(config: ScoreConfig, progress: Progress = NULL_PROGRESS) -> ScoreSumma
         if config.keep_top is None
         else TopScores(len(directions), usable, config.keep_top)
     )
-    # Small files meanwhile: from a disk, waiting for them one by one would take as long as reading a large part.
+    # Small files, asked for meanwhile: waiting for the disk one by one would take as long as reading a large part.
+    # They are decoded afterwards, since the kernels use every core.
     with ThreadPoolExecutor(1, thread_name_prefix="pairtrace-names") as pool:
-        reading = pool.submit(PairNames.read, store)
+        pool.submit(store.prefetch, PairNames.ARRAYS)
         _run(_blocks(config, store, layer, directions), tally, usable, progress)
-        names = reading.result()
+    names = PairNames.read(store)
     statistics = [tally.statistics(column) for column in range(len(directions))]
     rows = tally.rows()
     counts = {

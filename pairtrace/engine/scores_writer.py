@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -130,6 +130,8 @@ class PairNames:
         identifiers: uint8 [N, 16] content hashes.
         sources: string [N].
     """
+
+    ARRAYS: ClassVar = ("pair_id", "source")  # of the store
 
     identifiers: np.ndarray
     sources: pa.Array[Any]

@@ -238,6 +238,17 @@ class ActivationStore:
             for shard in shards:
                 yield spec.span(shard)[0], *self._reader.vectors_to_check(spec.name, shard)
 
+    def prefetch(self, arrays: Sequence[str]) -> None:
+        """Ask the disk for all finished chunks of some arrays, and come back before they are here; local stores only.
+
+        Args:
+            arrays: their names, for example "pair_id".
+        """
+        if isinstance(self._location, LocalLocation):
+            for name in arrays:
+                for shard in self.finished_shards():
+                    self._location.prefetch(self._specs[name].key(shard))
+
     def take(
         self, layer: int, rows: Sequence[int] | np.ndarray, array: str = "diff", *, checksum: bool = False
     ) -> np.ndarray:
