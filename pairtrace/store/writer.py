@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 # Shards that are written at the same time: while one waits for the disk to say that it is safe, the others' bytes are
 # on their way.
-IN_FLIGHT = 3
+IN_FLIGHT = 4
 
 Values = np.ndarray | ScaledRows | list[str]
 
