@@ -83,8 +83,9 @@ def encode_int8(rows: np.ndarray) -> ScaledRows:
     """Round rows to scaled int8, to nearest.
 
     The scale of a column is the eighth root of the mean eighth power of its values, each row divided by its norm
-    first, so that every row has the same say. The scale of a row maps its largest value, in units of the columns'
-    scales, to 127: nothing saturates.
+    first, so that every row has the same say. The largest value of a row, in units of the columns' scales, becomes 127:
+    nothing saturates. The scale of a row then gives it back the norm that it had: norms from before the rounding are
+    those of the rounded rows, and a cosine that divides by them stays within 1.
 
     The eighth power lies between the root mean square, which leaves the largest values of heavy-tailed columns so
     large that all others get few of the 127 steps, and the maximum, which a single row decides. Worst loss of

@@ -67,12 +67,22 @@ def _round_row(row: Any, inverse: Any, factor: Any, values: Any) -> None:
         values[j] = np.int8(np.rint((np.float64(row[j]) * inverse[j]) * factor))
 
 
+@numba.njit(fastmath={"reassoc", "contract"})
+def _scaled_norm(values: Any, columns: Any) -> Any:
+    squares = 0.0
+    for j in range(values.shape[0]):
+        value = np.float64(values[j]) * columns[j]
+        squares += value * value
+    return np.sqrt(squares)
+
+
 @parallel
-def _encode(rows: Any, inverse: Any, steps: float, values: Any, scales: Any) -> None:
+def _encode(rows: Any, columns: Any, inverse: Any, steps: float, values: Any, scales: Any) -> None:
     for i in prange(rows.shape[0]):
         largest = _largest(rows[i], inverse)
-        scales[i] = largest / steps
         _round_row(rows[i], inverse, steps / largest if largest > 0.0 else 0.0, values[i])
+        rounded = _scaled_norm(values[i], columns)
+        scales[i] = np.sqrt(_sum_of_squares(rows[i])) / rounded if rounded > 0.0 else 0.0
 
 
 def row_norms(rows: np.ndarray) -> np.ndarray:
@@ -95,6 +105,7 @@ def encode_rows(rows: np.ndarray, column_scale: np.ndarray, steps: int, values: 
         column_scale: float32 [D], above 0.
         steps: the magnitude that the largest value of a row becomes.
         values: int8 [n, D], overwritten.
-        scales: float64 [n], overwritten.
+        scales: float64 [n], overwritten: those that give the rounded rows the norms that they had.
     """
-    run(_encode, rows, 1.0 / column_scale.astype(np.float64), float(steps), values, scales)
+    columns = column_scale.astype(np.float64)
+    run(_encode, rows, columns, 1.0 / columns, float(steps), values, scales)

@@ -39,11 +39,14 @@ def expected_column_scale(rows: np.ndarray) -> np.ndarray:
 
 
 def assert_nearest(rows: np.ndarray, encoded: ScaledRows) -> None:
-    """Every value is within half a step of the row's, and the largest of each row uses all steps."""
+    """Every value is within half a step of the row's, the largest of each row uses all steps, and norms are kept."""
     wide = rows.astype(np.float64)
-    steps = encoded.row_scale.astype(np.float64)[:, None] * encoded.column_scale.astype(np.float64)
+    columns = encoded.column_scale.astype(np.float64)
+    steps = np.abs(wide / columns).max(axis=1, initial=0)[:, None] / LARGEST * columns
     errors = np.abs(encoded.values * steps - wide)
     assert (errors <= steps * 0.5001).all()
+    decoded = encoded.values * encoded.row_scale.astype(np.float64)[:, None] * columns
+    np.testing.assert_allclose(np.linalg.norm(decoded, axis=1), np.linalg.norm(wide, axis=1), rtol=1e-6)
     filled = np.abs(wide).max(axis=1, initial=0) > 0
     assert (np.abs(encoded.values[filled].astype(int)).max(axis=1) == LARGEST).all()
     assert not encoded.values[~filled].any()
