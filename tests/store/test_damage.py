@@ -156,6 +156,9 @@ def test_rows_of_int8_come_back_within_half_a_step(tmp_path: Path) -> None:
     for shard in range(13):
         scaled: Any = store.row_reader().vectors("diff/5", shard)
         rows = slice(4 * shard, 4 * shard + len(scaled))
-        step = scaled.row_scale[:, None] * scaled.column_scale
-        assert (np.abs(found[rows] - exact[rows]) <= 0.5 * step * (1 + 1e-5)).all()
+        np.testing.assert_array_equal(found[rows], scaled.decode())
+        # Half a step before each row got its norm back.
+        step = np.abs(exact[rows] / scaled.column_scale).max(axis=1)[:, None] / 127 * scaled.column_scale
+        assert (np.abs(scaled.values * step - exact[rows]) <= 0.5 * step * (1 + 1e-5)).all()
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), np.linalg.norm(exact, axis=1), rtol=1e-5)
     assert 0 < np.abs(found - exact).max() < 0.1
