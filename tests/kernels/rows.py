@@ -68,8 +68,8 @@ def awkward_scaled_rows(rng: np.random.Generator, count: int, width: int) -> tup
     row_scale = 10.0 ** rng.uniform(-3, 3, count)
     for i in range(count):
         match int(rng.integers(0, 12)):
-            case 0:
-                values[i] = 0
+            case 0:  # as such rows are encoded: under a larger scale the other side of a difference would vanish
+                values[i], row_scale[i] = 0, 0
             case 1:
                 row_scale[i] = rng.choice([0.0, np.nan, np.inf])
             case 2:
@@ -100,10 +100,22 @@ def expected_scores(values: np.ndarray, directions: np.ndarray) -> np.ndarray:
     return expected
 
 
-def assert_scores(actual: np.ndarray, expected: np.ndarray) -> None:
-    """Same NaN, same values within `TOLERANCE`, and no cosine beyond 1."""
+def cancellation(values: np.ndarray, minus: np.ndarray) -> np.ndarray:
+    """How many times larger two sides are than their difference, [N, 1], at least 1.
+
+    int8 values are products of scales, rounded to float32 before the subtraction: their errors grow by this.
+    """
+    with np.errstate(all="ignore"):
+        sides = np.abs(values).max(axis=1) + np.abs(minus).max(axis=1)
+        times = sides / np.abs(values - minus).max(axis=1)
+    return np.where(np.isfinite(times), np.maximum(times, 1), 1)[:, None]
+
+
+def assert_scores(actual: np.ndarray, expected: np.ndarray, times: np.ndarray | float = 1.0) -> None:
+    """Same NaN, same values within `TOLERANCE` times what `cancellation` gives, and no cosine beyond 1."""
     assert actual.shape == expected.shape
     assert actual.dtype == np.float32
     np.testing.assert_array_equal(np.isnan(actual), np.isnan(expected))
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE)
-    assert not (np.abs(actual) > 1 + TOLERANCE).any()
+    excess = np.abs(actual - expected) - TOLERANCE * times
+    assert not (excess > 0).any(), f"scores differ by up to {np.nanmax(excess)} more than they may"
+    assert not (np.abs(actual) > 1 + TOLERANCE * times).any()
