@@ -143,7 +143,7 @@ def store_table(content: Record) -> str:
         f"{work['rows']:,} x {work['width']:,} float16 rows like activations in shards of {work['shard_rows']:,}; GB/s "
         "of the rows' float16 bytes; writing includes forcing every file to the disk; reading is from the page cache, "
         f"with all words added up. pairtrace compares checksums; without, it reads {unchecked:.1f} GB/s. `store "
-        f"verify`, which reads through Zarr: {results['verify']['gb_per_second']:.1f} GB/s. "
+        f"verify`: {results['verify']['gb_per_second']:.1f} GB/s. "
         f"{where(content)}{missed(content)}"
     )
 
