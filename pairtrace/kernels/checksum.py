@@ -22,6 +22,15 @@ SMALL_BYTES = 1 << 16
 _reported: set[str] = set()
 
 
+def check_bytes(data: np.ndarray) -> None:
+    """Raise ConfigError unless `data` is a contiguous uint8 array [bytes]."""
+    if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
+        raise ConfigError(
+            "a checksum needs contiguous uint8 [bytes], not "
+            f"{data.dtype} {data.shape}{'' if data.flags.c_contiguous else ' with strides'}"
+        )
+
+
 def crc32c(data: np.ndarray, value: int = 0) -> int:
     """CRC-32C of bytes, or of bytes that follow others whose CRC-32C is known.
 
@@ -34,11 +43,7 @@ def crc32c(data: np.ndarray, value: int = 0) -> int:
     Raises:
         ConfigError: `data` is not a contiguous uint8 array, or `value` is no checksum.
     """
-    if data.dtype != np.uint8 or data.ndim != 1 or not data.flags.c_contiguous:
-        raise ConfigError(
-            "a checksum needs contiguous uint8 [bytes], not "
-            f"{data.dtype} {data.shape}{'' if data.flags.c_contiguous else ' with strides'}"
-        )
+    check_bytes(data)
     if not 0 <= value < 1 << 32:
         raise ConfigError(f"a CRC-32C is between 0 and 2**32 - 1, not {value}")
     if len(data) >= SMALL_BYTES:

@@ -118,6 +118,15 @@ def piece_state(data: Any, start: int, stop: int, state: Any, power: Any) -> Any
     return _byte_wise(state, data, offset, stop)
 
 
+@numba.njit
+def joined_states(state: Any, states: Any, piece: int) -> Any:
+    """State after pieces of equal length that follow the bytes of `state`, from those of each piece alone."""
+    power = power_of_bytes(piece)
+    for i in range(states.shape[0]):
+        state = times(power, state) ^ states[i]
+    return state
+
+
 @parallel
 def _parallel_state(data: Any, state: Any, piece: int) -> Any:
     """State after all bytes: full pieces by all threads, then their states put together and the rest."""
@@ -126,9 +135,7 @@ def _parallel_state(data: Any, state: Any, piece: int) -> Any:
     third_power = power_of_bytes(piece // 24 * 8)
     for i in prange(pieces):
         states[i] = piece_state(data, i * piece, (i + 1) * piece, np.uint64(0), third_power)
-    piece_power = power_of_bytes(piece)
-    for i in range(pieces):
-        state = times(piece_power, state) ^ states[i]
+    state = joined_states(state, states, piece)
     rest = data.shape[0] - pieces * piece
     return piece_state(data, pieces * piece, data.shape[0], state, power_of_bytes(rest // 24 * 8))
 

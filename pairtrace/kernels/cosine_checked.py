@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pairtrace.errors import ConfigError
-from pairtrace.kernels.checksum import SMALL_BYTES, crc32c
+from pairtrace.kernels.checksum import SMALL_BYTES, check_bytes, crc32c
 from pairtrace.kernels.cosine import FUSED_DIRECTIONS, Directions, Impl, RowDtype, Rows, cosine_scores
 from pairtrace.kernels.cosine_inputs import check_rows, host_rows, is_tensor, prepared_directions
 
@@ -44,16 +43,15 @@ def cosine_scores_and_checksum(
         ConfigError, DirectionError, MissingDependencyError: as for `cosine_scores` and `crc32c`.
     """
     check_rows(rows, row_dtype)
-    if body.dtype != np.uint8 or body.ndim != 1 or not body.flags.c_contiguous:
-        raise ConfigError(f"a checksum needs contiguous uint8 [bytes], not {body.dtype} {body.shape}")
+    check_bytes(body)
     units = prepared_directions(directions, rows.shape[1])
     if impl in ("auto", "numba") and len(units) <= FUSED_DIRECTIONS and not is_tensor(rows) and len(rows):
         side = host_rows(rows, row_dtype)
         words = side.words
         whole = side.dense and words.nbytes <= body.nbytes and words.flags.c_contiguous
         if whole and body.nbytes >= SMALL_BYTES and words.ctypes.data == body.ctypes.data:
-            from pairtrace.kernels import cosine_checked_numba
+            from pairtrace.kernels import checksum_numba, cosine_checked_numba
 
-            if cosine_checked_numba.available():
+            if checksum_numba.instruction_available():
                 return cosine_checked_numba.scores_and_checksum(side, units.padded, len(units), body)
     return cosine_scores(rows, units, impl=impl, row_dtype=row_dtype), crc32c(body)

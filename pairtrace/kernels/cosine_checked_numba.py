@@ -11,13 +11,29 @@ import numba
 import numpy as np
 from numba import prange
 
-from pairtrace.kernels.checksum_numba import INVERTED, instruction_available, piece_state, power_of_bytes, times
+from pairtrace.kernels.checksum_numba import INVERTED, joined_states, piece_state, power_of_bytes
 from pairtrace.kernels.compiled import parallel, run
 from pairtrace.kernels.cosine_inputs import HostRows
-from pairtrace.kernels.cosine_numba import GROUP, NO_SIDE, Side, score_group
+from pairtrace.kernels.cosine_numba import GROUP, NO_SIDE, Side, score_group, score_group_in_turns
 
 # Bytes of a task: a quarter of the smallest second cache that servers have.
 _TASK_BYTES = 1 << 18
+
+
+@numba.njit
+def _take_checksum(data: Any, task: int, task_bytes: int, states: Any) -> None:
+    """The state of a task's bytes alone; the last task has the rest."""
+    start = task * task_bytes
+    stop = start + task_bytes if task < states.shape[0] - 1 else data.shape[0]
+    states[task] = piece_state(data, start, stop, np.uint64(0), power_of_bytes((stop - start) // 24 * 8))
+
+
+@numba.njit
+def _joined(data: Any, states: Any, task_bytes: int) -> Any:
+    """State after all bytes, from those of the tasks."""
+    tasks = states.shape[0] - 1
+    state = joined_states(np.uint64(INVERTED), states[:tasks], task_bytes)
+    return joined_states(state, states[tasks:], data.shape[0] - tasks * task_bytes)
 
 
 @parallel
@@ -26,18 +42,11 @@ def _one_direction(
 ) -> Any:
     tasks = out.shape[0] // task_rows
     states = np.zeros(tasks + 1, np.uint64)
-    third_power = power_of_bytes(task_bytes // 24 * 8)
-    rest = data.shape[0] - tasks * task_bytes
-    rest_power = power_of_bytes(rest // 24 * 8)
     for task in prange(tasks + 1):
-        if task < tasks:
-            start = task * task_bytes
-            states[task] = piece_state(data, start, start + task_bytes, np.uint64(0), third_power)
-        else:
-            states[task] = piece_state(data, tasks * task_bytes, data.shape[0], np.uint64(0), rest_power)
+        _take_checksum(data, task, task_bytes, states)
         for first in range(task * task_rows, min((task + 1) * task_rows, out.shape[0]), GROUP):
             score_group(rows, minus, units, (0,), width, 0, out, first, 0)
-    return _joined(states, task_bytes, rest)
+    return _joined(data, states, task_bytes)
 
 
 @parallel
@@ -46,35 +55,11 @@ def _many_directions(
 ) -> Any:
     tasks = out.shape[0] // task_rows
     states = np.zeros(tasks + 1, np.uint64)
-    third_power = power_of_bytes(task_bytes // 24 * 8)
-    rest = data.shape[0] - tasks * task_bytes
-    rest_power = power_of_bytes(rest // 24 * 8)
     for task in prange(tasks + 1):
-        if task < tasks:
-            start = task * task_bytes
-            states[task] = piece_state(data, start, start + task_bytes, np.uint64(0), third_power)
-        else:
-            states[task] = piece_state(data, tasks * task_bytes, data.shape[0], np.uint64(0), rest_power)
+        _take_checksum(data, task, task_bytes, states)
         for first in range(task * task_rows, min((task + 1) * task_rows, out.shape[0]), GROUP):
-            for k in range(0, out.shape[1], GROUP):
-                unit_starts = (k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width)
-                score_group(rows, minus, units, unit_starts, width, 0, out, first, k)
-    return _joined(states, task_bytes, rest)
-
-
-@numba.njit
-def _joined(states: Any, task_bytes: int, rest: int) -> Any:
-    """State after all bytes, from those of the tasks and of the rest."""
-    state = np.uint64(INVERTED)
-    power = power_of_bytes(task_bytes)
-    for task in range(states.shape[0] - 1):
-        state = times(power, state) ^ states[task]
-    return times(power_of_bytes(rest), state) ^ states[states.shape[0] - 1]
-
-
-def available() -> bool:
-    """Whether this processor has the instruction."""
-    return instruction_available()
+            score_group_in_turns(rows, minus, units, width, 0, out, first)
+    return _joined(data, states, task_bytes)
 
 
 def scores_and_checksum(rows: HostRows, units: np.ndarray, count: int, body: np.ndarray) -> tuple[np.ndarray, int]:

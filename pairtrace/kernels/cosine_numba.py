@@ -208,6 +208,19 @@ def score_group(
 
 
 @numba.njit
+def score_group_in_turns(rows: Any, minus: Any, units: int, width: int, norms: int, out: Any, first: int) -> None:
+    """`score_group` with all directions, four at a time."""
+    for k in range(0, out.shape[1], GROUP):
+        score_group(rows, minus, units, _four_starts(k, width), width, norms, out, first, k)
+
+
+@numba.njit
+def _four_starts(k: int, width: int) -> Any:
+    """First values of the directions k to k + 3."""
+    return k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width
+
+
+@numba.njit
 def _score_scaled_group(
     rows: Any,
     minus: Any,
@@ -264,9 +277,7 @@ def _one_direction(rows: Any, minus: Any, units: int, width: int, norms: int, ou
 @parallel
 def _many_directions(rows: Any, minus: Any, units: int, width: int, norms: int, out: Any) -> None:
     for group in prange(-(-out.shape[0] // GROUP)):
-        for k in range(0, out.shape[1], GROUP):
-            unit_starts = (k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width)
-            score_group(rows, minus, units, unit_starts, width, norms, out, group * GROUP, k)
+        score_group_in_turns(rows, minus, units, width, norms, out, group * GROUP)
 
 
 @parallel
@@ -283,8 +294,8 @@ def _scaled_rows_many_directions(
 ) -> None:
     for group in prange(-(-out.shape[0] // GROUP)):
         for k in range(0, out.shape[1], GROUP):
-            unit_starts = (k * width, (k + 1) * width, (k + 2) * width, (k + 3) * width)
-            _score_scaled_group(rows, minus, units, weights, unit_starts, width, norms, out, group * GROUP, k)
+            starts = _four_starts(k, width)
+            _score_scaled_group(rows, minus, units, weights, starts, width, norms, out, group * GROUP, k)
 
 
 @single_threaded

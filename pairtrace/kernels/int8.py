@@ -111,22 +111,22 @@ def encode_int8(rows: np.ndarray) -> ScaledRows:
 
     count, width = rows.shape
     sums = np.zeros(width)
-    filled = 0
+    norms = np.empty(count)
     for start, block in _float32_blocks(rows):
-        norms = int8_numba.row_norms(block)
-        broken = np.flatnonzero(~np.isfinite(norms))
+        own = norms[start : start + len(block)]
+        own[:] = int8_numba.row_norms(block)
+        broken = np.flatnonzero(~np.isfinite(own))
         if broken.size:
             raise ConfigError(f"row {start + broken[0]} must be finite to be stored as int8, but holds NaN or infinity")
-        int8_numba.add_eighth_powers(block, norms, sums)
-        filled += int(np.count_nonzero(norms))
-    columns = np.sqrt(np.sqrt(np.sqrt(sums / max(1, filled))))
+        int8_numba.add_eighth_powers(block, own, sums)
+    columns = np.sqrt(np.sqrt(np.sqrt(sums / max(1, np.count_nonzero(norms)))))
     # Beside unit rows a column this small changes no cosine, and its inverse stays in range.
     column_scale = np.where(columns > 1e-20, columns, 1.0).astype(np.float32)
     values = np.empty((count, width), np.int8)
     scales = np.empty(count)
     for start, block in _float32_blocks(rows):
-        stop = start + len(block)
-        int8_numba.encode_rows(block, column_scale, LARGEST, values[start:stop], scales[start:stop])
+        part = slice(start, start + len(block))
+        int8_numba.encode_rows(block, norms[part], column_scale, LARGEST, values[part], scales[part])
     # A row that is not zero keeps a scale above zero, even where float32 has none so small.
     smallest, largest = np.finfo(np.float32).smallest_subnormal, np.finfo(np.float32).max
     row_scale = np.where(scales > 0, np.clip(scales, smallest, largest), 0.0).astype(np.float32)

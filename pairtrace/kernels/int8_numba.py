@@ -15,23 +15,16 @@ import numpy as np
 from numba import prange
 
 from pairtrace.kernels.compiled import parallel, run
+from pairtrace.kernels.norms_numba import scaled_sum_of_squares, sum_of_squares
 
 # Columns of one task.
 TASK_COLUMNS = 128
 
 
-@numba.njit(fastmath={"reassoc", "contract"})
-def _sum_of_squares(row: Any) -> Any:
-    squares = 0.0
-    for j in range(row.shape[0]):
-        squares += np.float64(row[j]) * np.float64(row[j])
-    return squares
-
-
 @parallel
 def _norms(rows: Any, norms: Any) -> None:
     for i in prange(rows.shape[0]):
-        norms[i] = np.sqrt(_sum_of_squares(rows[i]))
+        norms[i] = np.sqrt(sum_of_squares(rows[i]))
 
 
 @parallel
@@ -67,22 +60,13 @@ def _round_row(row: Any, inverse: Any, factor: Any, values: Any) -> None:
         values[j] = np.int8(np.rint((np.float64(row[j]) * inverse[j]) * factor))
 
 
-@numba.njit(fastmath={"reassoc", "contract"})
-def _scaled_norm(values: Any, columns: Any) -> Any:
-    squares = 0.0
-    for j in range(values.shape[0]):
-        value = np.float64(values[j]) * columns[j]
-        squares += value * value
-    return np.sqrt(squares)
-
-
 @parallel
-def _encode(rows: Any, columns: Any, inverse: Any, steps: float, values: Any, scales: Any) -> None:
+def _encode(rows: Any, norms: Any, columns: Any, inverse: Any, steps: float, values: Any, scales: Any) -> None:
     for i in prange(rows.shape[0]):
         largest = _largest(rows[i], inverse)
         _round_row(rows[i], inverse, steps / largest if largest > 0.0 else 0.0, values[i])
-        rounded = _scaled_norm(values[i], columns)
-        scales[i] = np.sqrt(_sum_of_squares(rows[i])) / rounded if rounded > 0.0 else 0.0
+        rounded = np.sqrt(scaled_sum_of_squares(values[i], columns))
+        scales[i] = norms[i] / rounded if rounded > 0.0 else 0.0
 
 
 def row_norms(rows: np.ndarray) -> np.ndarray:
@@ -97,15 +81,18 @@ def add_eighth_powers(rows: np.ndarray, norms: np.ndarray, sums: np.ndarray) -> 
     run(_eighth_powers, rows, norms, sums)
 
 
-def encode_rows(rows: np.ndarray, column_scale: np.ndarray, steps: int, values: np.ndarray, scales: np.ndarray) -> None:
+def encode_rows(
+    rows: np.ndarray, norms: np.ndarray, column_scale: np.ndarray, steps: int, values: np.ndarray, scales: np.ndarray
+) -> None:
     """Round a block of rows.
 
     Args:
         rows: float32 [n, D], contiguous, finite.
+        norms: float64 [n], as from `row_norms`.
         column_scale: float32 [D], above 0.
         steps: the magnitude that the largest value of a row becomes.
         values: int8 [n, D], overwritten.
         scales: float64 [n], overwritten: those that give the rounded rows the norms that they had.
     """
     columns = column_scale.astype(np.float64)
-    run(_encode, rows, columns, 1.0 / columns, float(steps), values, scales)
+    run(_encode, rows, norms, columns, 1.0 / columns, float(steps), values, scales)

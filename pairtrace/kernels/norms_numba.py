@@ -39,7 +39,8 @@ _widen: Any = intrinsic(_widen_for)
 
 # Reassociation lets LLVM keep several partial sums. NaN and infinity keep their meaning: they decide results.
 @numba.njit(fastmath={"reassoc", "contract"})
-def _sum_of_squares(row: Any) -> Any:
+def sum_of_squares(row: Any) -> Any:
+    """Sum of the squares of a row [D] of any dtype that rows are stored in, float64."""
     total = 0.0
     for j in range(row.shape[0]):
         value = _widen(row[j])
@@ -48,7 +49,8 @@ def _sum_of_squares(row: Any) -> Any:
 
 
 @numba.njit(fastmath={"reassoc", "contract"})
-def _scaled_sum_of_squares(row: Any, columns: Any) -> Any:
+def scaled_sum_of_squares(row: Any, columns: Any) -> Any:
+    """Sum of the squares of a row [D] whose values are multiplied by float64 `columns` [D]."""
     total = 0.0
     for j in range(row.shape[0]):
         value = _widen(row[j]) * columns[j]
@@ -59,13 +61,13 @@ def _scaled_sum_of_squares(row: Any, columns: Any) -> Any:
 @single_threaded
 def _norms(words: Any, out: Any) -> None:
     for i in range(out.shape[0]):
-        out[i] = np.sqrt(_sum_of_squares(words[i]))
+        out[i] = np.sqrt(sum_of_squares(words[i]))
 
 
 @single_threaded
 def _scaled_norms(words: Any, columns: Any, out: Any) -> None:
     for i in range(out.shape[0]):
-        out[i] = np.sqrt(_scaled_sum_of_squares(words[i], columns))
+        out[i] = np.sqrt(scaled_sum_of_squares(words[i], columns))
 
 
 def norms_into(values: np.ndarray, columns: np.ndarray, out: np.ndarray) -> None:

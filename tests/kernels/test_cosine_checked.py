@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pairtrace.errors import ConfigError
-from pairtrace.kernels import cosine_checked_numba
+from pairtrace.kernels import checksum_numba, cosine_checked_numba
 from pairtrace.kernels.cosine import cosine_scores
 from pairtrace.kernels.cosine_checked import cosine_scores_and_checksum
 from pairtrace.kernels.int8 import ScaledRows, encode_int8
@@ -86,7 +86,7 @@ def test_what_cannot_be_read_together_is_read_twice(case: str, monkeypatch: pyte
     elif case == "reference":
         options = {"impl": "reference"}
     else:
-        monkeypatch.setattr(cosine_checked_numba, "available", lambda: False)
+        monkeypatch.setattr(checksum_numba, "instruction_available", lambda: False)
 
     def refuse(*arguments: Any) -> Any:
         raise AssertionError("the rows are not those of the bytes")
