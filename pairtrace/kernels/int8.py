@@ -119,7 +119,7 @@ def encode_int8(rows: np.ndarray) -> ScaledRows:
         if broken.size:
             raise ConfigError(f"row {start + broken[0]} must be finite to be stored as int8, but holds NaN or infinity")
         int8_numba.add_eighth_powers(block, own, sums)
-    columns = np.sqrt(np.sqrt(np.sqrt(sums / max(1, np.count_nonzero(norms)))))
+    columns = np.sqrt(np.sqrt(np.sqrt(sums / max(1, int(np.count_nonzero(norms))))))
     # Beside unit rows a column this small changes no cosine, and its inverse stays in range.
     column_scale = np.where(columns > 1e-20, columns, 1.0).astype(np.float32)
     values = np.empty((count, width), np.int8)
