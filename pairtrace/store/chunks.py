@@ -74,7 +74,7 @@ def decode(raw: RawBytes, spec: ArraySpec, shard: int, *, checksum: bool) -> np.
 def _body(raw: RawBytes, spec: ArraySpec, *, checksum: bool) -> RawBytes:
     """The bytes before the checksum, once length and checksum are what they should be; ValueError where not."""
     if spec.chunk_bytes is not None and raw.size != spec.chunk_bytes:
-        raise ValueError(f"its chunk has {raw.size} bytes instead of {spec.chunk_bytes}")
+        raise ValueError(wrong_size(raw.size, spec))
     if raw.size < CHECKSUM_BYTES:
         raise ValueError(f"its chunk has only {raw.size} bytes")
     body = raw[:-CHECKSUM_BYTES]
@@ -83,6 +83,11 @@ def _body(raw: RawBytes, spec: ArraySpec, *, checksum: bool) -> RawBytes:
         if actual != expected:
             raise ValueError(_wrong_checksum(actual, expected))
     return body
+
+
+def wrong_size(size: int, spec: ArraySpec) -> str:
+    """What to say of an uncompressed chunk that has `size` bytes."""
+    return f"its chunk has {size} bytes instead of {spec.chunk_bytes}"
 
 
 def _written_checksum(raw: RawBytes) -> int:

@@ -11,11 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pairtrace.kernels.int8 import ScaledRows
-from pairtrace.store.chunks import UncheckedChunk, damaged, find_chunk, open_chunk, read_chunk
+from pairtrace.store.chunks import UncheckedChunk, damaged, find_chunk, open_chunk, read_chunk, wrong_size
 from pairtrace.store.layout import OK, QUARANTINED, ArraySpec, array_specs, is_scaled, scale_names, to_float32
-from pairtrace.store.location import Location, StorePath, open_location
+from pairtrace.store.location import LocalLocation, Location, StorePath, open_location
 from pairtrace.store.manifest import Manifest
 from pairtrace.store.metadata import require_manifest
+
+# Bytes from which copying a row out of the file is quicker than mapping the file, a page fault each.
+_WIDE_ROW = 2048
 
 
 class RowReader:
@@ -126,11 +129,29 @@ class RowReader:
         shards, starts = np.unique(shard_of[order], return_index=True)
         for shard, places in zip(shards.tolist(), np.split(order, starts[1:]), strict=False):
             inside = wanted[places] - shard * spec.shard_rows
+            found = self._some_rows(name, shard, inside, checksum=checksum)
             if scaled:
-                result[places] = to_float32(self.vectors(name, shard, checksum=checksum)[inside])
+                row_scale, column_scale = (self.chunk(scale, shard, checksum=checksum) for scale in scale_names(name))
+                result[places] = to_float32(ScaledRows(found, row_scale[inside], column_scale[0]))
             else:
-                result[places] = self.chunk(name, shard, checksum=checksum)[inside]
+                result[places] = found
         return result
+
+    def _some_rows(self, name: str, shard: int, inside: npt.NDArray[np.int64], *, checksum: bool) -> np.ndarray:
+        """Rows of one shard by their numbers in it, copied."""
+        spec, location = self._specs[name], self._location
+        to_compare = checksum and (name, shard) not in self._checked
+        copied = isinstance(location, LocalLocation) and spec.chunk_bytes is not None and not to_compare
+        if not copied or spec.row_bytes < _WIDE_ROW:
+            return self.chunk(name, shard, checksum=checksum)[inside]
+        assert isinstance(location, LocalLocation) and spec.chunk_bytes is not None
+        rows = np.empty((inside.size, *spec.row_shape), spec.numpy_dtype)
+        target, width = rows.view(np.uint8).reshape(-1).data, spec.row_bytes
+        parts = ((row * width, target[i * width : (i + 1) * width]) for i, row in enumerate(inside.tolist()))
+        size = location.copy_parts(spec.key(shard), spec.chunk_bytes, parts)
+        if size != spec.chunk_bytes:
+            raise damaged(location, spec, shard, "its chunk is missing" if size is None else wrong_size(size, spec))
+        return rows
 
     def status(self, rows: Sequence[int] | npt.NDArray[np.int64]) -> npt.NDArray[np.uint8]:
         """uint8 [n]: 1 ok or 2 quarantined, from the marks as they are now.
