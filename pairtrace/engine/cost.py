@@ -233,8 +233,9 @@ def _device_name(device: torch.device | str) -> str:
 
 
 def _cpu_seconds() -> float:
+    # The process's own clock is finer than the ticks in which its ended children are counted.
     times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
+    return time.process_time() + times.children_user + times.children_system
 
 
 def _peak_resident_bytes() -> int:
