@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,25 @@ def open_scored_data(table: ScoresTable, data: str | Path | None, split: str | N
         DataFormatError: the scores file does not say what it ranks, or the data cannot be read.
         DataMismatchError: the data is not what the store was made from.
     """
-    made_from = _store_manifest(table)
+    return open_recorded(_store_manifest(table), data, split, owner=table.path)
+
+
+def open_recorded(
+    made_from: Mapping[str, Any], data: str | Path | None, split: str | None, *, owner: str
+) -> PairSource:
+    """Open the data that a store was made from, the way it was read then.
+
+    Args:
+        made_from: the store's manifest.
+        data: where the data is; None for the path that the store recorded.
+        split: of a data set that has several.
+        owner: the file that stands for the store in messages.
+
+    Raises:
+        DataError: there is no data where the store recorded it.
+        DataFormatError: the data cannot be read.
+        DataMismatchError: the data is not what the store was made from.
+    """
     columns = made_from["columns"]
     place = made_from["data"] if data is None else data
     try:
@@ -58,9 +77,8 @@ def open_scored_data(table: ScoresTable, data: str | Path | None, split: str | N
     ):
         if expected != actual:
             raise DataMismatchError(
-                f"{place} is not the data that {table.path} was scored on: its "
-                f"{what} is {actual}, expected {expected} (the store was made from {made_from['data']}); its rows "
-                "would be the wrong ones"
+                f"{place} is not the data behind {owner}: its {what} is {actual}, expected {expected} (the store was "
+                f"made from {made_from['data']}); its rows would be the wrong ones"
             )
     return source
 
