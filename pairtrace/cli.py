@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pairtrace.commands import about, edits, extraction, scoring, stores
+from pairtrace.commands import about, baselines, costs, edits, extraction, scoring, stores
 from pairtrace.errors import PairtraceError
 from pairtrace.terminal import Answer
 from pairtrace.version import __version__
@@ -46,8 +46,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     result_callback=_print_answer,
 )
-for commands in (extraction.app, scoring.app, edits.app):
+for commands in (extraction.app, scoring.app, edits.app, costs.app):
     app.add_typer(commands)
+app.add_typer(baselines.app, name="baseline")
 app.add_typer(stores.app, name="store")
 app.add_typer(about.app)
 

@@ -15,6 +15,8 @@
     |   |-- StoreIncompleteError   rows are still missing
     |   |-- StoreLockedError       another process is writing
     |   `-- StoreWriteError        the disk is full or read-only
+    |-- TrainingError              training cannot go on (loss or gradient not finite, wrong reference)
+    |-- JudgeError                 the server of a judge cannot be reached, or refuses every question
     |-- DirectionError             a direction has the wrong width, layer, model or values
     `-- MissingDependencyError     an optional package is not installed (the message names the command)
 
@@ -94,6 +96,14 @@ class StoreLockedError(StoreError):
 
 class StoreWriteError(StoreError):
     """A shard could not be written (disk full, read-only, permission)."""
+
+
+class TrainingError(PairtraceError):
+    """Training cannot go on: the loss or the gradient is not finite, or the reference is not the model's own."""
+
+
+class JudgeError(PairtraceError):
+    """The server of a judge cannot be reached, or refuses every question."""
 
 
 class DirectionError(PairtraceError):

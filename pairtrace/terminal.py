@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pairtrace.engine.cost_table import CostLine
     from pairtrace.engine.progress import Progress
     from pairtrace.engine.ranking import RankedPair, SourceShare
 
@@ -174,3 +175,23 @@ def sources_table(shares: Sequence[SourceShare]) -> str:
             f"{share.rate:>8.2%} {f'({rate[0]:.1%} - {rate[1]:.1%})':>15}"
         )
     return "\n".join(lines)
+
+
+def costs_table(lines: Sequence[CostLine]) -> str:
+    """Costs as an aligned table, in the order given."""
+    rows = [
+        {
+            "method": line.method,
+            "stage": line.stage,
+            "runs": str(line.runs),
+            "wall s": f"{line.wall_seconds:,.1f}",
+            "device s": f"{line.device_seconds:,.1f}",
+            "tokens": f"{line.model_tokens:,}",
+            "FLOPs": f"{line.flops:.3g}",
+            "peak MiB": f"{line.peak_memory_bytes / 2**20:,.0f}",
+            "API tokens": f"{line.api_prompt_tokens:,} + {line.api_completion_tokens:,}",
+            "money": f"{line.money:,.4f}",
+        }
+        for line in lines
+    ]
+    return "\n".join(_table(rows)) if rows else "no costs recorded"

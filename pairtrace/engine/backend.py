@@ -100,6 +100,13 @@ def _tree_attention(
     return output.transpose(1, 2), None
 
 
+def register_attention() -> None:
+    """Make the attention of packs known to transformers, under `ATTENTION_NAME`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _tree_attention)
+
+
 class HFBackend:
     """A decoder cut at the deepest layer asked for, run over packs of pairs.
 
@@ -121,9 +128,7 @@ class HFBackend:
         token_budget: int | None = None,
         fingerprint: str = "",
     ) -> None:
-        from transformers import AttentionInterface
-
-        AttentionInterface.register(ATTENTION_NAME, _tree_attention)
+        register_attention()
         config: Any = model.config
         config._attn_implementation = ATTENTION_NAME
         self.layers = layers

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from pairtrace.engine.journal import require_same_run
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.prompts import DISTRACTOR, PLAIN, PromptSet, load_prompts
 from pairtrace.engine.rollout_file import read_rollouts
-from pairtrace.engine.rollout_journal import Key, RolloutJournal, require_same_run
+from pairtrace.engine.rollout_journal import Key, RolloutJournal
 from pairtrace.engine.rollout_table import BASE, SCHEMA, TUNED, RolloutTable
 from pairtrace.errors import ConfigError
 

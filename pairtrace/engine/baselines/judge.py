@@ -1,0 +1,214 @@
+"""A language model as the judge: how much more of the behaviour the chosen response shows than the rejected one.
+
+Each response is rated by itself, from 0 to 10; a pair's score is the rating of chosen minus that of rejected. Ratings
+are kept in a journal beside the scores, by content, rubric and model, so that nothing is asked (and paid) twice.
+Legend: N pairs.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pairtrace.engine.baselines.judge_client import UNANSWERED, JudgeClient
+from pairtrace.engine.baselines.judge_config import JudgeConfig
+from pairtrace.engine.baselines.judge_request import HIGHEST, LOWEST, Rubric, Verdict
+from pairtrace.engine.baselines.scores_file import BaselineScores, write_baseline
+from pairtrace.engine.baselines.store_pairs import open_store_data
+from pairtrace.engine.cost import API, CostMeter, costs_path
+from pairtrace.engine.journal import Journal
+from pairtrace.engine.pairs import PairSource
+from pairtrace.engine.progress import NULL_PROGRESS, Progress
+from pairtrace.errors import DataFormatError
+from pairtrace.store.layout import OK
+from pairtrace.store.reader import ActivationStore
+
+logger = logging.getLogger(__name__)
+
+# Seconds of verdicts that a power cut may cost.
+_SYNC_SECONDS = 2.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeSummary:
+    """What a judging did.
+
+    Attributes:
+        scores: the scores file.
+        responses: of the pairs that the store did not quarantine, two each.
+        asked: questions of this run; equal responses to equal prompts are one question.
+        reused: different questions whose answer an earlier run had kept.
+        missing: responses without a verdict, by reason.
+        prompt_tokens, completion_tokens: of this run, as the server counted them.
+        seconds: wall time.
+    """
+
+    scores: BaselineScores
+    responses: int
+    asked: int
+    reused: int
+    missing: dict[str, int]
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as plain JSON values, that of the scores file first."""
+        own = {name: value for name, value in vars(self).items() if name != "scores"}
+        return {**self.scores.to_dict(), **own}
+
+
+def score_by_judge(config: JudgeConfig, progress: Progress = NULL_PROGRESS) -> JudgeSummary:
+    """Have every response of a store rated and write the scores file.
+
+    A response without a verdict leaves its pair without a score. What got no answer at all is asked again by the next
+    run of the same command; verdicts, and answers without one, are not.
+
+    Raises:
+        JudgeError: the server cannot be reached any more, or refuses every question; what it answered is kept.
+        StoreError: the store cannot be read or is incomplete.
+        DataError: the data is not there or is not that of the store, or the journal is damaged.
+        ConfigError: an option cannot be used, or a file cannot be written.
+    """
+    begun = time.perf_counter()
+    rubric, client = config.load_rubric(), JudgeClient(config.server())
+    store = ActivationStore.open(config.store)
+    source = open_store_data(store, config.data)
+    usable = store.status() == OK
+    path = Path(config.out).with_name(Path(config.out).stem + ".judge.jsonl")
+    # Verdicts carry their question in their key: one journal serves any rubric, model and data.
+    with (
+        Journal(path, {"kind": "judge verdicts"}, sync_seconds=_SYNC_SECONDS) as journal,
+        CostMeter(
+            method="judge", stage="score", device=API, path=costs_path(config.out), resumed=bool(journal.entries)
+        ) as meter,
+    ):
+        judging = _Judging(client, rubric, journal, meter, progress)
+        if judging.verdicts:
+            logger.info("%s: %d verdicts are there already", path, len(judging.verdicts))
+        progress.start("judge", 2 * int(usable.sum()), "responses")
+        keys = judging.run(source, usable, config.concurrency)
+        progress.finish()
+        record = meter.record
+    scores, missing = _scores(keys, usable, judging.verdicts)
+    details = {
+        "base_url": config.base_url,
+        "model": config.model,
+        "behavior": rubric.behavior,
+        "settings": dict(config.settings),
+        "scale": [LOWEST, HIGHEST],
+        "score": "rating of chosen minus rating of rejected",
+        "missing": missing,
+    }
+    written = write_baseline(store, config.out, {config.name: scores}, method="judge", details=details)
+    return JudgeSummary(
+        scores=written,
+        responses=2 * int(usable.sum()),
+        asked=judging.asked,
+        reused=judging.reused,
+        missing=missing,
+        prompt_tokens=record.api_prompt_tokens,
+        completion_tokens=record.api_completion_tokens,
+        seconds=time.perf_counter() - begun,
+    )
+
+
+class _Judging:
+    """One run over the data: asks what is not known yet, and keeps what is answered."""
+
+    def __init__(
+        self, client: JudgeClient, rubric: Rubric, journal: Journal, meter: CostMeter, progress: Progress
+    ) -> None:
+        self.verdicts = dict(_replay(journal))
+        self.asked = 0
+        self.reused = 0
+        self._known = frozenset(self.verdicts)
+        self._client, self._rubric, self._journal, self._meter = client, rubric, journal, meter
+        self._progress = progress
+        self._pending: dict[Future[Verdict], str] = {}
+
+    def run(self, source: PairSource, usable: np.ndarray, concurrency: int) -> np.ndarray:
+        """Ask about both responses of every usable pair; returns their keys, bytes [N, 2]."""
+        keys = np.zeros((len(usable), 2), dtype="S32")
+        seen: set[str] = set()
+        with ThreadPoolExecutor(concurrency, thread_name_prefix="pairtrace-judge") as pool:
+            try:
+                for row, pair in enumerate(source.read()):
+                    if not usable[row]:
+                        continue
+                    assert pair.prompt is not None
+                    for side, response in enumerate((pair.chosen, pair.rejected)):
+                        key = self._rubric.key(pair.prompt, response)
+                        keys[row, side] = key
+                        new = key not in seen
+                        seen.add(key)
+                        if not new or key in self._known:
+                            self.reused += new
+                            self._progress.advance(1)
+                            continue
+                        self._pending[pool.submit(self._client.ask, self._rubric.body(pair.prompt, response))] = key
+                        if len(self._pending) >= 2 * concurrency:
+                            self._collect()
+                while self._pending:
+                    self._collect()
+            finally:
+                # After an error or an interruption: no new questions, but what is being answered is kept.
+                self._client.stop()
+                for future in self._pending:
+                    future.cancel()
+                self._keep([future for future in self._pending if not future.cancelled()])
+        return keys
+
+    def _collect(self) -> None:
+        """Wait for at least one answer."""
+        done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
+        self._keep(done)
+        for future in done:
+            if (error := future.exception()) is not None:
+                raise error
+
+    def _keep(self, futures: Any) -> None:
+        entries = []
+        for future in futures:
+            key = self._pending.pop(future)
+            if future.exception() is not None:
+                continue
+            verdict: Verdict = future.result()
+            self.asked += 1
+            self.verdicts[key] = verdict
+            self._meter.add(api_prompt_tokens=verdict.prompt_tokens, api_completion_tokens=verdict.completion_tokens)
+            if verdict.reason not in UNANSWERED:
+                entries.append({"key": key, "score": verdict.score, "reason": verdict.reason})
+        self._progress.advance(len(futures))
+        if entries:
+            self._journal.append(entries)
+
+
+def _replay(journal: Journal) -> Iterator[tuple[str, Verdict]]:
+    for entry in journal.entries:
+        key, score, reason = (entry.get(name) for name in ("key", "score", "reason"))
+        valid = score is None if reason else isinstance(score, int) and LOWEST <= score <= HIGHEST
+        if not isinstance(key, str) or not isinstance(reason, str) or not valid:
+            raise DataFormatError(f"{journal.path} is damaged: {entry} is no verdict; delete it to start again")
+        yield key, Verdict(score, reason)
+
+
+def _scores(keys: np.ndarray, usable: np.ndarray, verdicts: Mapping[str, Verdict]) -> tuple[np.ndarray, dict[str, int]]:
+    """float32 [N], NaN without both verdicts; and the responses without one, by reason."""
+    scores = np.full(len(keys), np.nan, np.float32)
+    missing: Counter[str] = Counter()
+    for row in np.flatnonzero(usable).tolist():
+        sides = [verdicts[key.decode()] for key in keys[row]]
+        missing.update(verdict.reason for verdict in sides if verdict.score is None)
+        chosen, rejected = sides
+        if chosen.score is not None and rejected.score is not None:
+            scores[row] = chosen.score - rejected.score
+    return scores, dict(missing)
