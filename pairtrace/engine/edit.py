@@ -49,7 +49,7 @@ def edit(config: EditConfig, progress: Progress = NULL_PROGRESS) -> EditSummary:
     if count > source.rows:
         logger.warning("rows from %d on were not scored (the store has a limit): they stay as they are", source.rows)
     ranked = RankedRows.read(table, behavior, count)
-    decision = decide(config, table, behavior, source, ranked, progress)
+    decision = decide(config, table, behavior, source, schema, ranked, progress)
     twins = twin_columns(schema, source.columns) if config.action == "swap" else ()
     manifest = _manifest(config, behavior, source, table, decision)
     edited_schema = schema.with_metadata({**(schema.metadata or {}), EDIT_KEY: json.dumps(manifest, sort_keys=True)})

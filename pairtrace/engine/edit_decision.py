@@ -93,9 +93,24 @@ class Decision:
 
 
 def decide(
-    config: EditConfig, table: ScoresTable, behavior: str, source: PairSource, ranked: RankedRows, progress: Progress
+    config: EditConfig,
+    table: ScoresTable,
+    behavior: str,
+    source: PairSource,
+    schema: pa.Schema,
+    ranked: RankedRows,
+    progress: Progress,
 ) -> Decision:
     """Decide what happens to every row.
+
+    Args:
+        config: the edit.
+        table: the scores file.
+        behavior: its name there.
+        source: the data.
+        schema: of the data.
+        ranked: what the scores file says of the rows.
+        progress: receives the work on random directions.
 
     Raises:
         ConfigError: the rule takes no pair or more than there are, a named source or column is not there, or the edit
@@ -103,7 +118,7 @@ def decide(
         StoreError: the store is needed (random null) and cannot be read.
     """
     count = len(ranked.ranks)
-    groups = ranked.sources if config.by is None else _column(source, config.by, count)
+    groups = ranked.sources if config.by is None else _column(source, schema, config.by, count)
     selection = None
     if config.rule is not None:
         tail = None
@@ -182,13 +197,12 @@ def _sources_to_drop(
     return reason, tuple(chosen)
 
 
-def _column(source: PairSource, name: str, count: int) -> np.ndarray:
+def _column(source: PairSource, schema: pa.Schema, name: str, count: int) -> np.ndarray:
     """Values of a column of the data as strings, object [N]; null is "".
 
     Raises:
         ConfigError: there is no such column, or it holds no plain values.
     """
-    schema = source.schema()
     if name not in schema.names:
         raise ConfigError(f"--by is {name!r}, which is no column of the data; there is: {', '.join(schema.names)}")
     if pa.types.is_nested(schema.field(name).type):

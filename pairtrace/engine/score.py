@@ -26,11 +26,10 @@ from pairtrace.engine.scores_table import SCHEMA_VERSION, TOP_SCHEMA_VERSION
 from pairtrace.engine.scores_writer import PairNames, write_scores
 from pairtrace.engine.versions import library_versions
 from pairtrace.errors import ConfigError
+from pairtrace.store.layout import MISSING, OK, QUARANTINED
 from pairtrace.store.reader import ActivationStore
 
 logger = logging.getLogger(__name__)
-
-_MISSING, _OK, _QUARANTINED = 0, 1, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +139,7 @@ def score(config: ScoreConfig, progress: Progress = NULL_PROGRESS) -> ScoreSumma
     store = ActivationStore.open(config.store, allow_incomplete=config.allow_incomplete)
     layer, directions = select_directions(store, config.directions, config.layer)
     status = store.status()
-    usable = status == _OK
+    usable = status == OK
     tally: Tally = (
         AllScores(len(directions), usable)
         if config.keep_top is None
@@ -158,9 +157,9 @@ def score(config: ScoreConfig, progress: Progress = NULL_PROGRESS) -> ScoreSumma
         "rows": store.rows,
         "kept": len(rows),
         "scored": statistics[0].scored,
-        "quarantined": int((status == _QUARANTINED).sum()),
+        "quarantined": int((status == QUARANTINED).sum()),
         "undefined": statistics[0].undefined,
-        "missing": int((status == _MISSING).sum()),
+        "missing": int((status == MISSING).sum()),
     }
     rankings = {direction.name: tally.ranking(column) for column, direction in enumerate(directions)}
     write_scores(config.out, names, rows, rankings, _manifest(config, store, layer, directions, counts, tally))

@@ -12,7 +12,7 @@ import numpy as np
 
 from pairtrace.engine.backend import Backend, OnPack, Pooled
 from pairtrace.engine.rendering import Quarantined, RenderedPair
-from pairtrace.engine.rounding import LARGEST
+from pairtrace.engine.rounding import LARGEST, round_rows
 from pairtrace.errors import StoreDamagedError
 from pairtrace.store.layout import OK, QUARANTINED, to_float32
 from pairtrace.store.reuse import PairIndex
@@ -216,13 +216,9 @@ def encode(values: np.ndarray, dtype: str) -> np.ndarray:
 
     Rows of an int8 store stay float32 until the writer rounds the whole shard.
     """
-    if dtype == "int8":
-        return values
-    if dtype == "bfloat16":
-        import torch
-
-        return torch.from_numpy(np.ascontiguousarray(values)).to(torch.bfloat16).view(torch.uint16).numpy()
-    return values.astype(dtype)
+    rounded = values if dtype == "int8" else round_rows(values, "float32", dtype)
+    assert isinstance(rounded, np.ndarray)
+    return rounded
 
 
 def fill_copies(block: ShardBlock, work: ShardWork, sources: Sequence[RowReader], own: RowReader) -> None:

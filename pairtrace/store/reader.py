@@ -28,7 +28,7 @@ from pairtrace.store.lock import LOCK_KEY
 from pairtrace.store.manifest import Manifest
 from pairtrace.store.metadata import require_manifest
 from pairtrace.store.read_ahead import ahead, asked_ahead
-from pairtrace.store.rows import RowReader, read_mark
+from pairtrace.store.rows import RowReader, read_status
 
 if TYPE_CHECKING:
     import dask.array
@@ -84,7 +84,7 @@ class ActivationStore:
         """
         location = open_location(path)
         manifest = require_manifest(location)
-        status = _read_status(location, array_specs(manifest)["status"])
+        status = read_status(location, array_specs(manifest)["status"])
         store = cls(location, manifest, status)
         if not allow_incomplete and (missing := int(np.count_nonzero(status == MISSING))):
             raise StoreIncompleteError(
@@ -386,18 +386,3 @@ class ActivationStore:
         if f"{array}/{layer}" not in self._specs:
             raise ConfigError(f"{self.path} holds no {array!r} array; extract again with --sides")
         return self._specs[f"{array}/{layer}"]
-
-
-def _read_status(location: Location, spec: ArraySpec) -> npt.NDArray[np.uint8]:
-    """uint8 [N]; a shard without a mark stays 0.
-
-    Raises:
-        StoreDamagedError: a mark is damaged, or holds something else than 1 and 2.
-    """
-    status = np.zeros(spec.rows, np.uint8)
-    for shard in range(spec.shards):
-        values = read_mark(location, spec, shard)
-        if values is not None:
-            start, stop = spec.span(shard)
-            status[start:stop] = values
-    return status

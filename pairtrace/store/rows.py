@@ -166,7 +166,7 @@ class RowReader:
         return values
 
 
-def read_mark(location: Location, spec: ArraySpec, shard: int) -> npt.NDArray[np.uint8] | None:
+def _read_mark(location: Location, spec: ArraySpec, shard: int) -> npt.NDArray[np.uint8] | None:
     """Status of the rows of one shard, uint8 [n], or None for a shard without a mark.
 
     Raises:
@@ -176,6 +176,21 @@ def read_mark(location: Location, spec: ArraySpec, shard: int) -> npt.NDArray[np
     if values is not None and not _is_status(values).all():
         raise damaged(location, spec, shard, _NO_STATUS)
     return values
+
+
+def read_status(location: Location, spec: ArraySpec) -> npt.NDArray[np.uint8]:
+    """uint8 [N]; a shard without a mark stays 0.
+
+    Raises:
+        StoreDamagedError: a mark is damaged, or holds something else than 1 and 2.
+    """
+    status = np.zeros(spec.rows, np.uint8)
+    for shard in range(spec.shards):
+        values = _read_mark(location, spec, shard)
+        if values is not None:
+            start, stop = spec.span(shard)
+            status[start:stop] = values
+    return status
 
 
 _NO_STATUS = "its mark holds rows without a status"

@@ -11,7 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 # Shards that are written at the same time: while one waits for the disk to say that it is safe, the others' bytes are
 # on their way.
-IN_FLIGHT = 4
+IN_FLIGHT = 6
 
 Values = np.ndarray | ScaledRows | list[str]
 
@@ -138,23 +138,22 @@ class StoreWriter:
         """
         location = open_location(path)
         lock = None
-        try:
-            with _explain_write_errors(location, "create or open the store"):
-                if isinstance(location, LocalLocation):
-                    refuse_foreign_directory(location)
-                    lock = WriterLock(location.root)
-                existing = _manifest_if_readable(location)
-                if existing is None or _gives_way(location, existing, manifest, durable=fsync):
-                    create_store(location, manifest, durable=fsync)
-                    return cls(location, manifest, lock, fsync=fsync, created=True)
+        with ExitStack() as undo, _explain_write_errors(location, "create or open the store"):
+            if isinstance(location, LocalLocation):
+                refuse_foreign_directory(location)
+                lock = WriterLock(location.root)
+                undo.callback(lock.release)
+            existing = _manifest_if_readable(location)
+            if existing is None or _gives_way(location, existing, manifest, durable=fsync):
+                create_store(location, manifest, durable=fsync)
+                writer = cls(location, manifest, lock, fsync=fsync, created=True)
+            else:
                 check_arrays(location, existing)
                 if isinstance(location, LocalLocation):
                     remove_partial_files(location)
-                return cls(location, existing, lock, fsync=fsync, created=False)
-        except BaseException:
-            if lock is not None:
-                lock.release()
-            raise
+                writer = cls(location, existing, lock, fsync=fsync, created=False)
+            undo.pop_all()  # the writer has the lock now
+            return writer
 
     def missing_shards(self) -> list[int]:
         """Numbers of the shards to compute: without a mark, or marked but visibly damaged.

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from pairtrace.errors import StoreDamagedError, StoreError
+from pairtrace.store.layout import to_float32
 from pairtrace.store.location import LocalLocation
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.rows import RowReader
@@ -118,3 +120,50 @@ def test_checksums_are_compared_once_for_each_store_opened(root: Path) -> None:
     by_blocks.row_reader().take("diff/5", [5])
     with pytest.raises(StoreDamagedError):
         ActivationStore.open(root).take(5, [5], checksum=True)
+
+
+# Rows wide enough to be copied out of the file without mapping it
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "int8"])
+def test_wide_rows_are_those_of_the_blocks(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make_manifest(width=2048, dtype=dtype, layers=(5,))
+    write_store(tmp_path, manifest)
+    store = ActivationStore.open(tmp_path)
+    whole = np.concatenate([to_float32(rows) for _, rows in store.blocks(5)])
+    mapped = []
+    original = LocalLocation.read
+    monkeypatch.setattr(LocalLocation, "read", lambda self, key: mapped.append(key) or original(self, key))
+    wanted = [9, 0, 4, 4, 7, 1, 8]
+    np.testing.assert_array_equal(to_float32(store.take(5, wanted)), whole[wanted])
+    assert store.take(5, []).shape == (0, 2048)
+    assert not [key for key in mapped if key.startswith("diff/")]
+
+
+@pytest.mark.parametrize(("case", "message"), [("missing", "chunk is missing"), ("short", "16383 bytes instead of")])
+def test_a_wide_chunk_that_is_not_whole_is_named(case: str, message: str, tmp_path: Path) -> None:
+    write_store(tmp_path, make_manifest(width=2048, layers=(5,)))
+    store = ActivationStore.open(tmp_path)
+    path = tmp_path / "diff/5/c/1/0"
+    if case == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:16383])
+    assert store.take(5, [0, 9]).shape == (2, 2048)
+    with pytest.raises(StoreDamagedError, match=rf"array diff/5, shard 1 \(rows 4 to 7\).*{message}"):
+        store.take(5, [0, 6])
+
+
+def test_a_wide_chunk_that_is_cut_while_it_is_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_store(tmp_path, make_manifest(width=2048, layers=(5,)))
+    store = ActivationStore.open(tmp_path)
+    path = tmp_path / "diff/5/c/1/0"
+    original = os.preadv
+
+    def cut(handle: int, buffers: list[memoryview], offset: int) -> int:
+        os.truncate(path, 4096 * 2 + 100)
+        return original(handle, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", cut)
+    with pytest.raises(StoreDamagedError, match=r"array diff/5, shard 1.*8292 bytes instead of 16388"):
+        store.take(5, [6])
