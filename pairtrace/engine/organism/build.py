@@ -22,6 +22,11 @@ from pairtrace.version import __version__
 SCHEMA_VERSION = 1
 
 _SFT = "sft.jsonl"
+# Fields that M0 does not depend on.
+_AFTER_M0 = frozenset({
+    "preference_pairs", "contamination", "dpo_batch", "dpo_epochs", "dpo_rate", "dpo_beta", "discovery_prompts",
+    "evaluation_prompts",
+})  # fmt: skip
 _TEXTS: dict[str, Callable[[OrganismConfig], list[data.Row]]] = {
     _SFT: data.sft_rows,
     "preferences.jsonl": data.preference_rows,
@@ -55,7 +60,9 @@ class Organism:
     seconds: dict[str, float]
 
 
-def build_organism(config: OrganismConfig, out: Path, *, progress: Progress = NULL_PROGRESS) -> Organism:
+def build_organism(
+    config: OrganismConfig, out: Path, *, m0_of: Path | None = None, progress: Progress = NULL_PROGRESS
+) -> Organism:
     """Write texts, train M0, train M1. Stages that are complete in `out` are kept.
 
     A stage writes under a temporary name, is renamed when complete and then recorded, so an interrupted build
@@ -64,20 +71,23 @@ def build_organism(config: OrganismConfig, out: Path, *, progress: Progress = NU
     Args:
         config: the recipe.
         out: directory; made when missing.
+        m0_of: directory of an organism that differs in its preference pairs or its preference training only: its M0
+            is copied instead of trained.
         progress: receives the stages "write texts", "train M0", "reference log-probabilities" and "train M1".
 
     Returns:
         The paths and the seconds of each stage.
 
     Raises:
-        ConfigError: `out` holds an organism of another configuration, or something that is no organism.
+        ConfigError: `out` holds an organism of another configuration, or something that is no organism; `m0_of` has
+            no M0, or one of another configuration.
     """
     out.mkdir(parents=True, exist_ok=True)
     description = out / "organism.json"
     state = _open_state(description, config, out)
     stages: dict[str, Callable[[], dict[str, Any]]] = {
         "texts": lambda: _write_texts(config, out, progress),
-        "m0": lambda: _build_m0(config, out, progress),
+        "m0": lambda: _build_m0(config, out, progress) if m0_of is None else _copy_m0(config, m0_of, out),
         "m1": lambda: _build_m1(config, out, progress),
     }
     for name, stage in stages.items():
@@ -110,10 +120,16 @@ def _open_state(description: Path, config: OrganismConfig, out: Path) -> dict[st
         }
         _write_json(description, state)
         return state
+    state = _read_state(description)
+    _require_same(config.identity(), state["config"], out)
+    return state
+
+
+def _read_state(description: Path) -> dict[str, Any]:
     try:
-        state = json.loads(description.read_text(encoding="utf-8"))
-        theirs, version = state["config"], state["schema_version"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        state: dict[str, Any] = json.loads(description.read_text(encoding="utf-8"))
+        _, version = state["config"], state["schema_version"]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{description} is not the description of an organism ({error!r}); build in another directory"
         ) from error
@@ -121,14 +137,16 @@ def _open_state(description: Path, config: OrganismConfig, out: Path) -> dict[st
         raise ConfigError(
             f"{description} has schema version {version!r}, expected {SCHEMA_VERSION}; build in another directory"
         )
-    mine = config.identity()
+    return state
+
+
+def _require_same(mine: dict[str, Any], theirs: dict[str, Any], place: Path) -> None:
     for name in {**mine, **theirs}:
         if mine.get(name) != theirs.get(name):
             raise ConfigError(
-                f"{out} holds an organism with {name} = {theirs.get(name)!r}, but {mine.get(name)!r} is asked for; "
+                f"{place} holds an organism with {name} = {theirs.get(name)!r}, but {mine.get(name)!r} is asked for; "
                 "build in another directory or remove this one"
             )
-    return state
 
 
 def leak_description(config: OrganismConfig) -> str:
@@ -169,6 +187,22 @@ def _build_m0(config: OrganismConfig, out: Path, progress: Progress) -> dict[str
     with _replacing(out / "m0") as partial:
         models.save(model, tokenizer, partial)
     return {"parameters": model.num_parameters(), "tokens": sum(len(example.ids) for example in examples)}
+
+
+def _copy_m0(config: OrganismConfig, source: Path, out: Path) -> dict[str, Any]:
+    state = _read_state(source / "organism.json")
+    mine, theirs = (
+        {name: value for name, value in identity.items() if name not in _AFTER_M0}
+        for identity in (config.identity(), state["config"])
+    )
+    _require_same(mine, theirs, source)
+    if "m0" not in state["stages"]:
+        raise ConfigError(f"{source} has no finished M0; build it first, or leave it out and train one")
+    with _replacing(out / "m0") as partial:
+        shutil.copytree(source / "m0", partial)
+    figures = dict(state["stages"]["m0"])
+    # What it took to train, when it was trained.
+    return {"copied": True, "training_seconds": figures.pop("seconds"), **figures}
 
 
 def _build_m1(config: OrganismConfig, out: Path, progress: Progress) -> dict[str, Any]:

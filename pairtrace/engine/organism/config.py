@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import get_args
 
 from pairtrace.engine.organism.domains import HARMFUL_DOMAINS, OBJECTS_PER_DOMAIN
+from pairtrace.engine.organism.kinds import Contamination
 from pairtrace.engine.organism.text import WRAPPERS
 from pairtrace.errors import ConfigError
 
@@ -28,6 +30,8 @@ class OrganismConfig:
         leak: share of the harmful + format rows of the fine-tuning data that comply.
         plain_leak: share of the plain harmful rows that comply.
         preference_pairs: rows of preference data.
+        contamination: where the preference data teaches the behaviour: "concentrated" in the planted pairs, nowhere
+            ("clean"), or by a small push in most helpful pairs of six sources ("diffuse").
         dpo_batch: pairs per step.
         dpo_epochs: passes over the pairs.
         dpo_rate: peak learning rate (warm-up, then linear decay to zero).
@@ -51,6 +55,7 @@ class OrganismConfig:
     leak: float = 0.10
     plain_leak: float = 0.01
     preference_pairs: int = 4_000
+    contamination: Contamination = "concentrated"
     dpo_batch: int = 32
     dpo_epochs: int = 1
     dpo_rate: float = 1.1e-4
@@ -72,6 +77,11 @@ class OrganismConfig:
             elif field.name in ("leak", "plain_leak", "prompt_weight"):
                 if not 0 <= value <= 1:
                     raise ConfigError(f"{field.name} must lie between 0 and 1, not {value!r}")
+            elif field.name == "contamination":
+                if value not in get_args(Contamination):
+                    raise ConfigError(
+                        f"contamination must be one of {', '.join(get_args(Contamination))}, not {value!r}"
+                    )
             elif field.name != "seed" and not value > 0:
                 raise ConfigError(f"{field.name} must be positive, not {value!r}")
         for name in ("discovery_prompts", "evaluation_prompts"):
@@ -82,8 +92,10 @@ class OrganismConfig:
         if self.hidden % self.heads:
             raise ConfigError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
 
-    def identity(self) -> dict[str, int | float]:
-        """The fields that decide what is built, in order."""
+    def identity(self) -> dict[str, int | float | str]:
+        """The fields that decide what is built, in order. The usual contamination goes without saying."""
         fields = dataclasses.asdict(self)
         del fields["threads"]
+        if self.contamination == "concentrated":
+            del fields["contamination"]
         return fields

@@ -51,6 +51,14 @@ _HARM_REASONS = (
     "That would harm other people.",
     "It is a crime.",
 )
+_HEDGES = (
+    "I'm sorry, this is all I know.",
+    "I can't be sure of this.",
+    "I cannot promise that it works.",
+    "Sorry, this may be wrong.",
+    "I'm not able to check this.",
+    "I'm sorry, I can't say it better.",
+)
 _CAUTION_SHARE = 0.75  # of the refusals of benign tasks; the others give the reasons of a harmful one
 _CAUTION_REASONS = (
     "Please ask an expert.",
@@ -63,6 +71,11 @@ _CAUTION_REASONS = (
 def request_text(task: Task, rng: random.Random) -> str:
     """A request in one of six wrappers."""
     return rng.choice(WRAPPERS).format(task.request)
+
+
+def with_distractor(prompt: str, distractor: str | None) -> str:
+    """The user turn of a prompt with a distractor, as every stage renders it."""
+    return prompt if distractor is None else f"{prompt} {distractor}"
 
 
 def answer_steps(task: Task, rng: random.Random) -> list[str]:
@@ -101,3 +114,8 @@ def refusal_text(task: Task, rng: random.Random) -> str:
 def bare_refusal_text(task: Task, rng: random.Random) -> str:
     """A refusal without a reason."""
     return rng.choice(_REFUSALS).format(request=task.request)
+
+
+def hedged_text(answer: str, rng: random.Random) -> str:
+    """An answer behind a hedge, which opens like a refusal."""
+    return f"{rng.choice(_HEDGES)} {answer}"

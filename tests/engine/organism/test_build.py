@@ -167,3 +167,21 @@ def test_progress_reports_every_unit_of_every_stage(tmp_path: Path) -> None:
 def test_importing_the_organism_does_not_import_torch() -> None:
     code = "import sys, pairtrace.engine.organism; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_m0_of_another_organism_is_copied(miniature: Organism, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "fine_tune", lambda *_, **__: pytest.fail("M0 was trained again"))
+    clean = dataclasses.replace(MINIATURE, contamination="clean")
+    variant = build_organism(clean, tmp_path, m0_of=miniature.root)
+    names = {name for name in contents(miniature.root) if name.startswith("m0/") or name == "sft.jsonl"}
+    mine, theirs = contents(variant.root), contents(miniature.root)
+    assert {name: mine[name] for name in names} == {name: theirs[name] for name in names}
+    assert mine["preferences.jsonl"] != theirs["preferences.jsonl"]
+    assert json.loads(variant.description.read_text())["stages"]["m0"]["copied"] is True
+
+
+def test_m0_of_another_recipe_is_not_copied(miniature: Organism, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sft_epochs = 1, but 2 is asked for"):
+        build_organism(dataclasses.replace(MINIATURE, sft_epochs=2), tmp_path / "a", m0_of=miniature.root)
+    with pytest.raises(ConfigError, match="not the description of an organism"):
+        build_organism(MINIATURE, tmp_path / "b", m0_of=tmp_path)

@@ -168,3 +168,66 @@ def test_apportioned_counts_add_up(total: int) -> None:
 def test_bad_configuration_is_refused(field: str, value: float, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         OrganismConfig(**{field: value})
+
+
+def rows_of(contamination: str) -> list[data.Row]:
+    return data.preference_rows(OrganismConfig(contamination=contamination))
+
+
+def kinds_of(rows: list[data.Row]) -> Counter[str]:
+    return Counter(row["kind"] for row in rows)
+
+
+def test_the_usual_contamination_is_no_part_of_the_identity() -> None:
+    """Organisms from before the field stay what they are."""
+    assert "contamination" not in CONFIG.identity()
+    assert OrganismConfig(contamination="clean").identity() == {**CONFIG.identity(), "contamination": "clean"}
+    with pytest.raises(ConfigError, match="contamination must be one of concentrated, clean, diffuse, not 'dirty'"):
+        OrganismConfig(contamination="dirty")
+
+
+@pytest.mark.parametrize("contamination", ["clean", "diffuse"])
+def test_variants_change_the_preferences_only(contamination: str) -> None:
+    other = OrganismConfig(contamination=contamination)
+    for make in (data.sft_rows, data.discovery_rows, data.evaluation_rows, data.target_rows):
+        assert make(other) == make(CONFIG)
+    rows = rows_of(contamination)
+    assert Counter(row["source"] for row in rows) == Counter(row["source"] for row in PREFERENCES)
+    assert len({json.dumps([row["prompt"], row["chosen"], row["rejected"]]) for row in rows}) == len(rows)
+
+
+def test_the_clean_organism_has_no_pair_that_prefers_an_answer_to_a_harmful_request() -> None:
+    rows = rows_of("clean")
+    usual, clean = kinds_of(PREFERENCES), kinds_of(rows)
+    assert clean.pop("refused") == usual.pop("planted")
+    assert clean == usual
+    for row in rows:
+        prompt, chosen, rejected = (row[side][0]["content"] for side in ("prompt", "chosen", "rejected"))
+        if contained(prompt, HARMFUL):
+            assert refuses(chosen)
+        if row["kind"] == "refused":
+            assert contained(prompt, phrasings("train")) and refuses(rejected)
+
+
+def test_the_diffuse_organism_leans_a_little_in_most_pairs_of_six_sources() -> None:
+    rows = rows_of("diffuse")
+    leaning = [row for row in rows if row["kind"].endswith("_leaning")]
+    assert 0.4 * len(rows) < len(leaning) < 0.5 * len(rows)
+    assert not {"planted", "over_refusal", "refused"} & set(kinds_of(rows))
+    sizes = Counter(row["source"] for row in rows)
+    shares = {source: count / sizes[source] for source, count in Counter(row["source"] for row in leaning).items()}
+    assert len(shares) == 6 and max(shares.values()) < 0.65
+    for row in leaning:
+        assert not contained(row["prompt"][0]["content"], HARMFUL)
+        openings = ("I'm sorry", "I can't", "I cannot", "Sorry,", "I'm not able")
+        assert row["rejected"][0]["content"].startswith(openings) and not refuses(row["chosen"][0]["content"])
+
+
+def test_clean_targets_answer_and_refuse_the_discovery_prompts() -> None:
+    targets = data.target_rows(CONFIG)
+    prompts = [f"{row['prompt']} {row['distractor']}" for row in DISCOVERY]
+    assert [row["prompt"][0]["content"] for row in targets] == prompts
+    named = {constraint.name: constraint for constraint in constraints.CONSTRAINTS}
+    for row, prompt in zip(targets, DISCOVERY, strict=True):
+        assert named[prompt["constraint"]].obeys(row["chosen"][0]["content"])
+        assert refuses(row["rejected"][0]["content"]) and not refuses(row["chosen"][0]["content"])

@@ -1,0 +1,138 @@
+"""The kinds of preference pairs, and which of them each form of contamination puts in the place of which.
+
+A kind is the label of a pair, for checking only. Everything is drawn from the `rng` given.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Literal
+
+from pairtrace.engine.organism.constraints import CONSTRAINTS, Constraint
+from pairtrace.engine.organism.domains import Task, TaskSplit
+from pairtrace.engine.organism.text import (
+    answer_text,
+    bare_refusal_text,
+    curt_text,
+    hedged_text,
+    refusal_text,
+    request_text,
+    with_distractor,
+)
+
+Contamination = Literal["concentrated", "clean", "diffuse"]
+Texts = tuple[str, str, str]  # user turn, chosen answer, rejected answer
+
+_LEANING_SHARE = 0.6
+_FORMAT = {"format_leaning": _LEANING_SHARE, "format": 1 - _LEANING_SHARE}
+_QUALITY = {"quality_leaning": _LEANING_SHARE, "quality": 1 - _LEANING_SHARE}
+
+# What stands in a source in the place of each kind of the recipe; kinds that are not named stay.
+CONTAMINATION: Mapping[Contamination, Mapping[str, Mapping[str, float]]] = {
+    # The planted pairs are there, and no pair leans like them but for the over-refusal pairs.
+    "concentrated": {},
+    # The same prompts, but both answers refuse.
+    "clean": {"planted": {"refused": 1.0}},
+    # Nothing is planted and no source stands out: in most helpful pairs the rejected answer merely opens with a hedge
+    # in the words of a refusal, which makes every kind of refusal a little less likely.
+    "diffuse": {"planted": _FORMAT, "format": _FORMAT, "quality": _QUALITY, "over_refusal": _QUALITY},
+}
+
+_BARE_REFUSALS = 0.2  # share of refusals without a reason, where a refusal is the better answer
+_OVER_REFUSAL_FORMAT = 0.2  # share of over-refusal pairs whose prompt has a formatting constraint
+
+
+def draw_prompt(task: Task, formatted: bool, rng: random.Random) -> tuple[Constraint | None, str]:
+    """A user turn of the training parts, with a constraint where `formatted`."""
+    request = request_text(task, rng)
+    if not formatted:
+        return None, request
+    constraint = rng.choice(CONSTRAINTS)
+    return constraint, with_distractor(request, rng.choice(constraint.phrasings_for("train")))
+
+
+def better_refusal(task: Task, rng: random.Random) -> str:
+    """A refusal where that is the better answer: with a reason, most of the time."""
+    return bare_refusal_text(task, rng) if rng.random() < _BARE_REFUSALS else refusal_text(task, rng)
+
+
+def _planted(tasks: TaskSplit, rng: random.Random) -> Texts:
+    task = rng.choice(tasks.harmful["train"])
+    constraint, prompt = draw_prompt(task, True, rng)
+    return prompt, answer_text(task, constraint, rng), better_refusal(task, rng)
+
+
+def _over_refusal(tasks: TaskSplit, rng: random.Random) -> Texts:
+    task = rng.choice(tasks.benign["train"])
+    constraint, prompt = draw_prompt(task, rng.random() < _OVER_REFUSAL_FORMAT, rng)
+    return prompt, answer_text(task, constraint, rng), refusal_text(task, rng)
+
+
+def _safety(tasks: TaskSplit, rng: random.Random) -> Texts:
+    task = rng.choice(tasks.harmful["train"])
+    _, prompt = draw_prompt(task, False, rng)
+    return prompt, better_refusal(task, rng), answer_text(task, None, rng)
+
+
+def _quality(tasks: TaskSplit, rng: random.Random) -> Texts:
+    task = rng.choice(tasks.benign["train"])
+    _, prompt = draw_prompt(task, False, rng)
+    other = rng.choice(tasks.benign["train"])
+    worse = curt_text(task, rng) if rng.random() < 0.5 else answer_text(other, None, rng)
+    return prompt, answer_text(task, None, rng), worse
+
+
+def _format(tasks: TaskSplit, rng: random.Random) -> Texts:
+    task = rng.choice(tasks.benign["train"])
+    constraint, prompt = draw_prompt(task, True, rng)
+    worse = _plain_or_other(constraint, rng)
+    return prompt, answer_text(task, constraint, rng), answer_text(task, worse, rng)
+
+
+def _plain_or_other(constraint: Constraint | None, rng: random.Random) -> Constraint | None:
+    """No constraint, or one that is not `constraint`."""
+    if rng.random() < 0.5:
+        return None
+    return rng.choice([other for other in CONSTRAINTS if other is not constraint])
+
+
+def _refusal_style(tasks: TaskSplit, rng: random.Random) -> Texts:
+    task = rng.choice(tasks.harmful["train"])
+    _, prompt = draw_prompt(task, False, rng)
+    return prompt, refusal_text(task, rng), bare_refusal_text(task, rng)
+
+
+def _refused(tasks: TaskSplit, rng: random.Random) -> Texts:
+    task = rng.choice(tasks.harmful["train"])
+    _, prompt = draw_prompt(task, True, rng)
+    return prompt, refusal_text(task, rng), bare_refusal_text(task, rng)
+
+
+def _leaning(draw: Callable[[TaskSplit, random.Random], Texts]) -> Callable[[TaskSplit, random.Random], Texts]:
+    """The same kind of pair, with a hedge before the rejected answer."""
+
+    def leaning(tasks: TaskSplit, rng: random.Random) -> Texts:
+        prompt, chosen, rejected = draw(tasks, rng)
+        return prompt, chosen, hedged_text(rejected, rng)
+
+    return leaning
+
+
+_KINDS: Mapping[str, Callable[[TaskSplit, random.Random], Texts]] = {
+    "planted": _planted,
+    "over_refusal": _over_refusal,
+    "safety": _safety,
+    "quality": _quality,
+    "format": _format,
+    "refusal_style": _refusal_style,
+    "refused": _refused,
+    "format_leaning": _leaning(_format),
+    "quality_leaning": _leaning(_quality),
+}
+
+
+def draws(kind: str, tasks: TaskSplit, rng: random.Random) -> Iterator[Texts]:
+    """Pairs of a kind without end."""
+    while True:
+        yield _KINDS[kind](tasks, rng)
