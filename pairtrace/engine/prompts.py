@@ -70,8 +70,8 @@ class PromptSet:
 
     @property
     def has_distractors(self) -> bool:
-        """True when every prompt has a distractor (a file never mixes the two kinds)."""
-        return self.prompts[0].distractor is not None
+        """True when every prompt has a distractor."""
+        return all(prompt.distractor is not None for prompt in self.prompts)
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -83,11 +83,12 @@ class PromptSet:
         return {prompt.id: prompt for prompt in self.prompts}
 
 
-def load_prompts(path: str | Path) -> PromptSet:
+def load_prompts(path: str | Path, *, mixed: bool = False) -> PromptSet:
     """Read and check a prompt file.
 
     Args:
         path: `.yaml`, `.yml`, `.jsonl` or `.jsonl.gz`.
+        mixed: allow distractors on some prompts only.
 
     Returns:
         The prompts, in file order.
@@ -108,7 +109,8 @@ def load_prompts(path: str | Path) -> PromptSet:
         prompts.append(prompt)
     if not prompts:
         raise DataFormatError(f"{path}: no prompts; expected a list of entries with 'id' and 'prompt'")
-    _require_agreement(prompts, path)
+    if not mixed:
+        _require_agreement(prompts, path)
     content = [[p.id, list(p.messages), p.distractor] for p in prompts]
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return PromptSet(prompts=tuple(prompts), path=str(path), fingerprint=digest)

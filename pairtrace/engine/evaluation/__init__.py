@@ -1,0 +1,1 @@
+"""Measuring models: behaviour rates, over-refusal, helpfulness, format, preference accuracy, drift, capabilities."""

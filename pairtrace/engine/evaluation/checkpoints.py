@@ -1,0 +1,128 @@
+"""Checkpoints under evaluation: checked before any work, loaded when first needed."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pairtrace.engine.checkpoint import model_fingerprint, resolve_checkpoint, resolve_device, weight_files
+from pairtrace.engine.evaluation.config import EvaluateConfig
+from pairtrace.engine.evaluation.requests import Request
+from pairtrace.engine.flops import ModelShape
+from pairtrace.engine.prompt_encoder import PromptEncoder
+from pairtrace.errors import ModelError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from pairtrace.engine.sampling import Sampler
+
+
+class Checkpoint:
+    """One model.
+
+    Attributes:
+        name: as it was given.
+        encoder: its tokenizer and chat template.
+        fingerprint: of its weights and configuration.
+    """
+
+    def __init__(self, name: str, config: EvaluateConfig) -> None:
+        self.name = name
+        _require_whole_weights(resolve_checkpoint(name))
+        self.fingerprint = model_fingerprint(name)
+        self.encoder = PromptEncoder.load(name, chat_template=config.chat_template, template_date=config.template_date)
+        self._device, self._dtype = config.device, config.dtype
+        self._sampler: Sampler | None = None
+        resolve_device(config.device)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides anything that the model says: weights, tokenizer, template, end tokens, dtype."""
+        return {"model_fingerprint": self.fingerprint, **self.encoder.identity, "dtype": self._dtype}
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """Of its tokenizer."""
+        return str(self.encoder.identity["tokenizer_fingerprint"])
+
+    @property
+    def sampler(self) -> Sampler:
+        """The model, ready to answer; loaded when first needed.
+
+        Raises:
+            ModelError: weights are missing or damaged.
+        """
+        if self._sampler is None:
+            from pairtrace.engine.sampling import Sampler
+
+            self._sampler = Sampler.load(self.encoder, device=self._device, dtype=self._dtype)
+        return self._sampler
+
+    @property
+    def shape(self) -> ModelShape | None:
+        """The sizes that decide its operations; None for a model type without a formula."""
+        try:
+            return ModelShape.from_config(self.sampler.model.config)
+        except UnsupportedModelError:
+            return None
+
+    def release(self) -> None:
+        """Give the memory of the weights back."""
+        if self._sampler is not None:
+            import torch
+
+            self._sampler = None
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+
+class PromptTokens:
+    """The requests as token ids, once for all models that read them alike."""
+
+    def __init__(self, requests: Sequence[Request], max_new_tokens: int) -> None:
+        self._requests = requests
+        self._max_new_tokens = max_new_tokens
+        self._known: dict[str, list[list[int]]] = {}
+
+    def of(self, encoder: PromptEncoder) -> list[list[int]]:
+        """Token ids of each request, up to where the answer begins.
+
+        Raises:
+            DataError, ConfigError, ModelError: see `PromptEncoder.encode`.
+        """
+        key = str({**encoder.identity, "context": encoder.context})
+        if key not in self._known:
+            self._known[key] = [
+                encoder.encode(request.name, request.messages(), self._max_new_tokens) for request in self._requests
+            ]
+        return self._known[key]
+
+
+def require_same_tokenizer(model: Checkpoint, base: Checkpoint) -> None:
+    """Check that two models spread their probability over the same tokens.
+
+    Raises:
+        ModelError: they do not.
+    """
+    if model.tokenizer_fingerprint != base.tokenizer_fingerprint:
+        raise ModelError(
+            f"{model.name} has a tokenizer with fingerprint {model.tokenizer_fingerprint[:12]}, --base {base.name} one "
+            f"with {base.tokenizer_fingerprint[:12]}: drift and implicit rewards compare probabilities of the same "
+            "tokens; leave --base out, or give the checkpoint that this model was trained from"
+        )
+
+
+def _require_whole_weights(path: Path) -> None:
+    """Find a half-written file now: its header says how long it must be."""
+    from safetensors import SafetensorError, safe_open
+
+    for file in weight_files(path):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{file} is damaged or half written ({error}); wait until it is complete, or write it again"
+            ) from error
