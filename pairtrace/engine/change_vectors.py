@@ -112,6 +112,16 @@ def change_vectors(
     )
 
 
+def preference_pairs(table: RolloutTable, pairs: Sequence[RolloutPair]) -> list[Pair]:
+    """Rollout pairs as preference pairs: the response with the behaviour is chosen, the safe one rejected.
+
+    Args:
+        table: the rollouts that `pairs` point into.
+        pairs: at least one; `Pair.row` is the position among them.
+    """
+    return _as_pairs(_records(table, pairs), pairs)
+
+
 def _records(table: RolloutTable, pairs: Sequence[RolloutPair]) -> dict[int, dict[str, Any]]:
     """Messages and response of every row that `pairs` point to; one take, for each may copy whole columns."""
     rows = sorted({row for pair in pairs for row in (pair.shown_row, pair.safe_row)})
