@@ -15,11 +15,15 @@ from pairtrace.version import __version__
 if TYPE_CHECKING:
     from pairtrace.engine.behavior import BehaviorConfig, build_behavior
     from pairtrace.engine.convert import ConvertConfig, convert
+    from pairtrace.engine.evaluation.config import EvaluateConfig
+    from pairtrace.engine.evaluation.evaluate import evaluate
     from pairtrace.engine.extract import ExtractConfig, extract
     from pairtrace.engine.pairs import open_pairs
     from pairtrace.engine.plan import PlanConfig, plan
     from pairtrace.engine.ranking import sources, top
     from pairtrace.engine.score import ScoreConfig, score
+    from pairtrace.engine.training.config import TrainConfig
+    from pairtrace.engine.training.train import train
     from pairtrace.store.reader import ActivationStore
     from pairtrace.store.verify import verify
 
@@ -27,18 +31,22 @@ __all__ = [
     "ActivationStore",
     "BehaviorConfig",
     "ConvertConfig",
+    "EvaluateConfig",
     "ExtractConfig",
     "PlanConfig",
     "ScoreConfig",
+    "TrainConfig",
     "__version__",
     "build_behavior",
     "convert",
+    "evaluate",
     "extract",
     "open_pairs",
     "plan",
     "score",
     "sources",
     "top",
+    "train",
     "verify",
 ]
 
@@ -46,17 +54,21 @@ _HOMES = {
     "ActivationStore": "pairtrace.store.reader",
     "BehaviorConfig": "pairtrace.engine.behavior",
     "ConvertConfig": "pairtrace.engine.convert",
+    "EvaluateConfig": "pairtrace.engine.evaluation.config",
     "ExtractConfig": "pairtrace.engine.extract",
     "PlanConfig": "pairtrace.engine.plan",
     "ScoreConfig": "pairtrace.engine.score",
+    "TrainConfig": "pairtrace.engine.training.config",
     "build_behavior": "pairtrace.engine.behavior",
     "convert": "pairtrace.engine.convert",
+    "evaluate": "pairtrace.engine.evaluation.evaluate",
     "extract": "pairtrace.engine.extract",
     "open_pairs": "pairtrace.engine.pairs",
     "plan": "pairtrace.engine.plan",
     "score": "pairtrace.engine.score",
     "sources": "pairtrace.engine.ranking",
     "top": "pairtrace.engine.ranking",
+    "train": "pairtrace.engine.training.train",
     "verify": "pairtrace.store.verify",
 }
 

@@ -1,4 +1,4 @@
-"""How preference data is found, read and rendered: the settings that extraction and planning share."""
+"""How preference data is found, read and rendered: the settings that extraction, planning and training share."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class PairsConfig:
     """Which pairs, and how they become tokens.
 
     Attributes:
         data: preference data: a file, a directory or a hub id.
         model: the checkpoint from before preference training (M0): a directory or a hub id.
-        layers: residual layers; `l` is the stream after `l` blocks, 0 the embedding output.
         max_length: longest sequence in tokens, as in training; None for no limit.
         truncation: "keep_start" or "keep_end", as in training.
         limit: only the first rows of the data.
@@ -32,7 +31,6 @@ class DataConfig:
 
     data: str
     model: str
-    layers: tuple[int, ...]
     max_length: int | None = 1024
     truncation: str = "keep_start"
     limit: int | None = None
@@ -46,8 +44,6 @@ class DataConfig:
     template_date: str | None = None
 
     def __post_init__(self) -> None:
-        if not self.layers:
-            raise ConfigError("no layer was given; expected at least one, for example --layers 20")
         for name in ("max_length", "limit"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -90,3 +86,19 @@ class DataConfig:
             truncation=self.truncation,
             chat_template=chat_template_of(tokenizer, self.chat_template, self.template_date),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(PairsConfig):
+    """Which pairs, how they become tokens, and where they are read.
+
+    Attributes:
+        layers: residual layers; `l` is the stream after `l` blocks, 0 the embedding output.
+    """
+
+    layers: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ConfigError("no layer was given; expected at least one, for example --layers 20")
+        super().__post_init__()

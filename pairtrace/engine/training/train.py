@@ -1,0 +1,138 @@
+"""The training stage: a checkpoint and preference data become the checkpoint after DPO."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pairtrace.engine.progress import NULL_PROGRESS, Progress
+from pairtrace.engine.training.config import TrainConfig
+from pairtrace.engine.training.run_directory import COSTS, RECORD, RunDirectory
+from pairtrace.errors import ConfigError, MissingDependencyError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSummary:
+    """What a training run did.
+
+    Attributes:
+        out: directory of the trained checkpoint.
+        rows: rows of the data; equals `trained + dropped`.
+        trained: pairs that were trained on.
+        dropped: rows that could not be; each is named in `pairtrace_train.json`.
+        reasons: dropped rows by reason code.
+        steps: optimizer steps, those of interrupted runs included.
+        resumed_from: the step at which this run went on, 0 for a run from the start.
+        reference_computed: sequences whose reference log-probability this run computed.
+        reference_cached: distinct lookups that needed no forward pass.
+        first_loss: loss of the first step; ln 2 for the plain DPO loss.
+        last_loss: mean loss of the last tenth of the steps (at least ten of them, where there are).
+        last_accuracy: share of pairs whose implicit reward was right in those steps.
+        tokens: tokens of this run's training passes, without padding.
+        flops: of this run, the reference pass included.
+        seconds: wall time of this run, loading included.
+        settings: the settings that decide the weights.
+        already_complete: nothing was left to do.
+    """
+
+    out: str
+    rows: int
+    trained: int
+    dropped: int
+    reasons: dict[str, int]
+    steps: int
+    resumed_from: int
+    reference_computed: int
+    reference_cached: int
+    first_loss: float | None
+    last_loss: float | None
+    last_accuracy: float | None
+    tokens: int
+    flops: float
+    seconds: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    already_complete: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The summary as plain JSON values."""
+        return asdict(self)
+
+
+def train(config: TrainConfig, progress: Progress = NULL_PROGRESS) -> TrainSummary:
+    """Train a checkpoint with DPO, going on where an interrupted run stopped.
+
+    Raises:
+        ConfigError: the output exists and is of another run, or an unfinished run had other settings.
+        DataError: the data cannot be read, or no row can be trained on.
+        MissingDependencyError: the extra `train` is not installed.
+        ModelError: the checkpoint or its tokenizer cannot be used.
+        TrainingError: the loss or a gradient is not finite.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("pairtrace train runs in one process; start it without accelerate launch or torchrun")
+    _require_libraries()
+    begun = time.perf_counter()
+    from pairtrace.engine.training.dpo_run import run_dpo
+    from pairtrace.engine.training.job import Job
+
+    directory = RunDirectory(config.out)
+    job = Job.prepare(config)
+    done = directory.finished(job.identity)
+    if done is not None:
+        return TrainSummary(**{**done["summary"], "already_complete": True})
+    lock = directory.begin(job.identity)
+    try:
+        with _own_state(config.threads):
+            outcome = run_dpo(job, directory, progress)
+        summary = TrainSummary(
+            **outcome.figures,
+            out=str(config.out),
+            seconds=time.perf_counter() - begun,
+            settings=config.identity(),
+        )
+        record = {
+            "summary": summary.to_dict(),
+            "identity": job.identity,
+            "versions": job.versions,
+            "dropped": outcome.dropped,
+            "log": outcome.log,
+        }
+        (directory.partial / "final" / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (directory.partial / "final" / COSTS).write_bytes((directory.partial / COSTS).read_bytes())
+        directory.publish()
+    finally:
+        lock.release()
+    return summary
+
+
+def _require_libraries() -> None:
+    from importlib.util import find_spec
+
+    missing = [name for name in ("trl", "peft", "accelerate", "datasets") if find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(" ".join(missing), "train", "training")
+
+
+@contextmanager
+def _own_state(threads: int | None) -> Iterator[None]:
+    """Training seeds the process's generators and may set its threads; the caller gets both back as they were."""
+    import torch
+
+    states = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    with torch.random.fork_rng():
+        try:
+            if threads is not None:
+                torch.set_num_threads(threads)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_num_threads(states[2])

@@ -1,0 +1,160 @@
+"""Interrupted runs go on to the same weights, and other runs are not mixed up with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pairtrace.engine.cost import read_costs
+from pairtrace.engine.training.run_directory import RunDirectory
+from pairtrace.engine.training.train import train
+from pairtrace.errors import ConfigError, StoreLockedError
+from tests.engine.training.cases import config_for, largest_difference, run
+
+OPTIONS: dict[str, Any] = {"epochs": 2, "save_steps": 1}
+
+
+class StopsAfter:
+    """Progress that interrupts the training after some steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self.training = False
+        self.stages: list[str] = []
+        self.done = 0
+
+    def start(self, stage: str, total: int | None, unit: str) -> None:
+        self.stages.append(stage)
+        self.training = stage == "train"
+
+    def advance(self, done: int, **figures: float) -> None:
+        self.done += done if self.training else 0
+        if self.done > self.steps:
+            raise KeyboardInterrupt
+
+    def finish(self) -> None:
+        self.training = False
+
+
+def interrupt(small: Path, data: Path, out: Path, steps: int, **changes: Any) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(config_for(small, data, out, **{**OPTIONS, **changes}), StopsAfter(steps))
+
+
+@pytest.mark.parametrize("steps", [2, 3, 4])
+def test_resumed_run_gives_the_weights_of_an_uninterrupted_one(
+    small: Path, data: Path, trained: Path, tmp_path: Path, steps: int
+) -> None:
+    """Interrupted inside the first epoch, between the epochs and inside the second one."""
+    out = tmp_path / "m1"
+    interrupt(small, data, out, steps)
+    assert not out.exists()
+    assert [path.name for path in (tmp_path / "m1.partial").glob("checkpoint-*")] == [f"checkpoint-{steps}"]
+    summary = run(small, data, out, **OPTIONS)
+    assert (summary.resumed_from, summary.steps) == (steps, 6)
+    assert summary.first_loss == pytest.approx(0.693147, abs=1e-5)
+    assert largest_difference(out, trained) == 0.0
+    assert [record.stage for record in read_costs(out / "pairtrace_train.costs.jsonl")].count("train") == 2
+
+
+def test_resumed_adapter(small: Path, data: Path, tmp_path: Path) -> None:
+    run(small, data, tmp_path / "whole", lora=2, **OPTIONS)
+    interrupt(small, data, tmp_path / "m1", 4, lora=2)
+    run(small, data, tmp_path / "m1", lora=2, **OPTIONS)
+    assert largest_difference(tmp_path / "m1", tmp_path / "whole") == 0.0
+
+
+def test_resumed_with_accumulation(small: Path, data: Path, tmp_path: Path) -> None:
+    run(small, data, tmp_path / "whole", accumulation=2, **OPTIONS)
+    interrupt(small, data, tmp_path / "m1", 4, accumulation=2)
+    run(small, data, tmp_path / "m1", accumulation=2, **OPTIONS)
+    assert largest_difference(tmp_path / "m1", tmp_path / "whole") == 0.0
+
+
+@pytest.mark.parametrize("damage", ["missing", "no marker", "truncated"])
+def test_half_written_checkpoint_is_left_out_with_a_message(
+    small: Path, data: Path, trained: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    out = tmp_path / "m1"
+    interrupt(small, data, out, 2)
+    good = tmp_path / "m1.partial" / "checkpoint-2"
+    bad = tmp_path / "m1.partial" / "checkpoint-3"
+    shutil.copytree(good, bad)
+    if damage == "missing":
+        (bad / "optimizer.pt").unlink()
+    elif damage == "no marker":
+        (bad / "complete.json").unlink()
+    else:
+        content = (bad / "optimizer.pt").read_bytes()
+        (bad / "optimizer.pt").write_bytes(content[: len(content) // 2])
+    summary = run(small, data, out, **OPTIONS)
+    assert "checkpoint-3 was not written to its end" in caplog.text
+    assert summary.resumed_from == 2
+    assert largest_difference(out, trained) == 0.0
+
+
+@pytest.mark.slow
+def test_killed_process(small: Path, data: Path, trained: Path, tmp_path: Path) -> None:
+    """SIGKILL as soon as the second checkpoint is there; the next run goes on from it or a later one."""
+    out = tmp_path / "m1"
+    program = (
+        "import sys; from pathlib import Path; from tests.engine.training.cases import run;"
+        "run(*map(Path, sys.argv[1:]), epochs=2, save_steps=1)"
+    )
+    arguments = [sys.executable, "-c", program, str(small), str(data), str(out)]
+    process = subprocess.Popen(arguments, cwd=Path(__file__).parents[3])
+    marker = tmp_path / "m1.partial" / "checkpoint-2" / "complete.json"
+    while process.poll() is None and not marker.exists():
+        pass
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    summary = run(small, data, out, **OPTIONS)
+    assert summary.resumed_from >= 1 or summary.already_complete
+    assert largest_difference(out, trained) == 0.0
+
+
+def test_finished_run_is_not_repeated_and_not_overwritten(small: Path, data: Path, trained: Path) -> None:
+    before = (trained / "model.safetensors").stat().st_mtime_ns
+    summary = run(small, data, trained, epochs=2, save_steps=3, threads=2)
+    assert summary.already_complete and summary.steps == 6
+    assert (trained / "model.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ConfigError, match=r"its beta is 0\.1, not 0\.3"):
+        run(small, data, trained, epochs=2, beta=0.3)
+
+
+def test_directory_of_something_else_is_not_overwritten(small: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "m1").mkdir()
+    (tmp_path / "m1" / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="was not made by"):
+        run(small, data, tmp_path / "m1")
+
+
+def test_unfinished_run_with_other_settings_or_data_is_refused(small: Path, data: Path, tmp_path: Path) -> None:
+    interrupt(small, data, tmp_path / "m1", 2)
+    with pytest.raises(ConfigError, match=r"learning_rate is 0\.001, not 0\.01.*remove"):
+        run(small, data, tmp_path / "m1", **{**OPTIONS, "learning_rate": 1e-2})
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(data.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(ConfigError, match="data_fingerprint"):
+        run(small, other, tmp_path / "m1", **OPTIONS)
+    (tmp_path / "m1.partial" / "run.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"run\.json is damaged"):
+        run(small, data, tmp_path / "m1", **OPTIONS)
+
+
+def test_two_processes_do_not_train_into_one_directory(tmp_path: Path) -> None:
+    directory = RunDirectory(tmp_path / "m1")
+    lock = directory.begin({"seed": 0})
+    with pytest.raises(StoreLockedError):
+        RunDirectory(tmp_path / "m1").begin({"seed": 0})
+    lock.release()
+    RunDirectory(tmp_path / "m1").begin({"seed": 0}).release()
+    assert json.loads((tmp_path / "m1.partial" / "run.json").read_text()) == {"seed": 0}
