@@ -9,7 +9,18 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from pairtrace.commands import about, baselines, costs, edits, evaluation, extraction, scoring, stores, training
+from pairtrace.commands import (
+    about,
+    baselines,
+    costs,
+    diagnosis,
+    edits,
+    evaluation,
+    extraction,
+    scoring,
+    stores,
+    training,
+)
 from pairtrace.errors import PairtraceError
 from pairtrace.terminal import Answer
 from pairtrace.version import __version__
@@ -46,7 +57,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     result_callback=_print_answer,
 )
-for commands in (extraction.app, scoring.app, edits.app, costs.app, training.app, evaluation.app):
+for commands in (extraction.app, scoring.app, diagnosis.app, edits.app, costs.app, training.app, evaluation.app):
     app.add_typer(commands)
 app.add_typer(baselines.app, name="baseline")
 app.add_typer(stores.app, name="store")
