@@ -17,6 +17,7 @@ from pairtrace.commands import (
     edits,
     evaluation,
     extraction,
+    gradient,
     scoring,
     stores,
     training,
@@ -59,6 +60,7 @@ app = typer.Typer(
 )
 for commands in (extraction.app, scoring.app, diagnosis.app, edits.app, costs.app, training.app, evaluation.app):
     app.add_typer(commands)
+baselines.app.add_typer(gradient.app)
 app.add_typer(baselines.app, name="baseline")
 app.add_typer(stores.app, name="store")
 app.add_typer(about.app)

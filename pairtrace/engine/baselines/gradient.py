@@ -110,7 +110,7 @@ def gradient_baseline(config: GradientConfig, progress: Progress = NULL_PROGRESS
     """
     begun = time.perf_counter()
     require_parquet(config.out)
-    pairs = StorePairs.open(config.store, data=config.data, model=config.model)
+    pairs = StorePairs.open(config.store, data=config.data, base=config.base, chat_template=config.chat_template)
     target = read_target(config, pairs.renderer)
     run = _Run(config, pairs, target, progress)
     run.warm_up()
@@ -125,7 +125,7 @@ class _Run:
     def __init__(self, config: GradientConfig, pairs: StorePairs, target: Target, progress: Progress) -> None:
         made = pairs.store.manifest
         self.config, self.pairs, self.target, self.progress = config, pairs, target, progress
-        self.dtype = made.compute_dtype if config.dtype == "auto" else config.dtype
+        self.dtype = made.compute_dtype if config.compute_dtype == "auto" else config.compute_dtype
         self.settings = {
             **{name: getattr(made, name) for name in _STORE_FIELDS},
             **config.gradient_settings,
@@ -146,7 +146,7 @@ class _Run:
         """Loaded when the first stage needs it."""
         config = self.config
         return LoraModel.load(
-            self.pairs.model,
+            self.pairs.base,
             rank=config.lora_rank,
             alpha=config.lora_alpha,
             seed=config.seed,

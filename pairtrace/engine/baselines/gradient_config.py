@@ -38,7 +38,8 @@ class GradientConfig:
         name: of the behaviour in the scores file.
         work: directory of checkpoints and gradients, which another target can reuse; None for `{out stem}.gradients`
             beside `out`.
-        data: where the data is now; None for the place that the store recorded. The same goes for `model`.
+        data: where the data is now; None for the place that the store recorded. The same goes for `base`, the
+            checkpoint M0, and `chat_template`.
         procedure: "batched" (per-pair gradients out of one backward pass per batch, reference log-probabilities
             computed once) or "published" (one pair at a time, the reference anew for each pair and checkpoint).
         score: "cosine" (LESS) or "tracin" (unprojected dot products of plain gradients).
@@ -53,7 +54,7 @@ class GradientConfig:
         batch_pairs: pairs per step of the warm-up.
         seed: of adapter, warm-up, projection and choice of target pairs.
         device: "auto", "cpu", "cuda" or "cuda:N".
-        dtype: of the base model; "auto" is that of the store. The adapter is float32.
+        compute_dtype: of the base model; "auto" is that of the store. The adapter is float32.
         token_budget: padded tokens per batch; None for the device's default.
         shard_rows: rows whose gradients are kept together, the unit of resumption.
     """
@@ -68,7 +69,8 @@ class GradientConfig:
     name: str = "gradient"
     work: str | None = None
     data: str | None = None
-    model: str | None = None
+    base: str | None = None
+    chat_template: str | None = None
     procedure: Literal["batched", "published"] = "batched"
     score: Literal["cosine", "tracin"] = "cosine"
     checkpoints: int = 4
@@ -83,7 +85,7 @@ class GradientConfig:
     batch_pairs: int = 32
     seed: int = 0
     device: str = "auto"
-    dtype: str = "auto"
+    compute_dtype: str = "auto"
     token_budget: int | None = None
     shard_rows: int = 512
 

@@ -38,7 +38,7 @@ class StorePairs:
         store: complete.
         source: its data.
         renderer: with its tokenizer, template and truncation.
-        model: where M0 is.
+        base: where M0 is.
         usable: bool [N], rows that are not quarantined.
         identifiers: uint8 [N, 16], content ids of the store.
     """
@@ -46,18 +46,21 @@ class StorePairs:
     store: ActivationStore
     source: PairSource
     renderer: Renderer
-    model: str
+    base: str
     usable: np.ndarray
     identifiers: np.ndarray
 
     @classmethod
-    def open(cls, path: str, *, data: str | None = None, model: str | None = None) -> StorePairs:
+    def open(
+        cls, path: str, *, data: str | None = None, base: str | None = None, chat_template: str | None = None
+    ) -> StorePairs:
         """Open the data and the tokenizer that a store names.
 
         Args:
             path: of the store.
             data: where the data is; None for the place that the store recorded.
-            model: the same for M0.
+            base: the same for M0.
+            chat_template: the same for a file with the template.
 
         Raises:
             StoreError: the store cannot be read or is incomplete.
@@ -66,9 +69,9 @@ class StorePairs:
             DataMismatchError: it is not the data of the store.
         """
         store = ActivationStore.open(path)
-        checkpoint = store.manifest.model if model is None else model
+        checkpoint = store.manifest.model if base is None else base
         source = open_store_data(store, data)
-        renderer = load_store_renderer(store, checkpoint)
+        renderer = load_store_renderer(store, checkpoint, chat_template)
         require_store_model(store, checkpoint)
         usable = store.status() == OK
         if not usable.any():

@@ -266,7 +266,7 @@ def test_another_model_than_that_of_the_store_is_refused(made: dict[str, Path], 
     make_tokenizer(tmp_path / "other")
     make_model("llama", tmp_path / "other", num_hidden_layers=2, seed=1)
     with pytest.raises(StoreMismatchError, match="model_fingerprint"):
-        gradient_baseline(settings(made, tmp_path / "x.parquet", model=str(tmp_path / "other")))
+        gradient_baseline(settings(made, tmp_path / "x.parquet", base=str(tmp_path / "other")))
 
 
 def test_warm_up_rows_are_usable_and_drawn_once() -> None:
