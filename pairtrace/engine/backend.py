@@ -22,8 +22,19 @@ from pairtrace.engine.checkpoint import (
     resolve_checkpoint,
     resolve_device,
 )
+from pairtrace.engine.cost import CostMeter
+from pairtrace.engine.flops import ModelShape
 from pairtrace.engine.memory import is_out_of_memory
-from pairtrace.engine.packing import CHOSEN, REJECTED, SHARED, Pack, build_pack, next_members, packed_tokens
+from pairtrace.engine.packing import (
+    CHOSEN,
+    REJECTED,
+    SHARED,
+    Pack,
+    build_pack,
+    next_members,
+    packed_flops,
+    packed_tokens,
+)
 from pairtrace.engine.rendering import RenderedPair
 from pairtrace.errors import ConfigError, ModelError, UnsupportedModelError
 from pairtrace.kernels.pooling import segment_mean
@@ -127,6 +138,7 @@ class HFBackend:
         *,
         token_budget: int | None = None,
         fingerprint: str = "",
+        meter: CostMeter | None = None,
     ) -> None:
         register_attention()
         config: Any = model.config
@@ -135,6 +147,7 @@ class HFBackend:
         self.width = int(config.hidden_size)
         self.fingerprint = fingerprint
         self.out_of_memory = 0
+        self._meter = meter
         parameter = next(model.parameters())
         self.device = parameter.device
         self.compute_dtype = str(parameter.dtype).removeprefix("torch.")
@@ -158,6 +171,7 @@ class HFBackend:
         max_length: int | None = None,
         token_budget: int | None = None,
         fingerprint: str | None = None,
+        meter: CostMeter | None = None,
     ) -> HFBackend:
         """Load the first `max(layers)` blocks of a checkpoint; deeper weights and the LM head are never read.
 
@@ -169,6 +183,7 @@ class HFBackend:
             max_length: longest sequence that will come, in tokens.
             token_budget: tokens per pack; None for the device's default.
             fingerprint: the weights' fingerprint if already known; computed otherwise.
+            meter: counts tokens and operations.
 
         Raises:
             LayerError: a layer is outside the model.
@@ -196,6 +211,7 @@ class HFBackend:
             wanted,
             token_budget=token_budget,
             fingerprint=model_fingerprint(path) if fingerprint is None else fingerprint,
+            meter=meter,
         )
 
     def pool(self, pairs: Sequence[RenderedPair], on_pack: OnPack | None = None) -> Pooled:
@@ -233,9 +249,16 @@ class HFBackend:
                 logger.warning("row %d does not fit into memory, even alone", pairs[start].row)
                 failed.append(start)
             start = members.stop
+            if self._meter is not None:
+                self._meter.add(tokens=tokens, flops=self._flops(pairs, members))
             if on_pack is not None:
                 on_pack(len(members), tokens)
         return Pooled(chosen=chosen.cpu().numpy(), rejected=rejected.cpu().numpy(), failed=tuple(failed))
+
+    def _flops(self, pairs: Sequence[RenderedPair], members: range) -> float:
+        config: Any = self._model.config
+        shape = ModelShape.from_config(config)
+        return sum(packed_flops(pairs[index], shape, shape.blocks) for index in members)
 
     def _check_ids(self, pairs: Sequence[RenderedPair]) -> None:
         """On a GPU an id outside the embedding would end the process instead of raising."""

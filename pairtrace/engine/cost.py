@@ -70,7 +70,7 @@ class CostRecord:
         model_tokens: tokens that went through a model here.
         flops: of these tokens, by the formulas of `engine.flops`; a backward pass counts as two forward passes.
         peak_memory_bytes: CUDA: most memory allocated during the stage, on its device. CPU: largest resident size of
-            the process so far, whichever stage needed it. 0 where the system does not say.
+            the process so far, whichever stage needed it. 0 where the system does not say, or for an API.
         api_prompt_tokens, api_completion_tokens: as billed by an API.
         extra: further figures of this stage, plain JSON values.
     """
@@ -102,7 +102,7 @@ class CostRecord:
 
 
 class CostMeter:
-    """Measures a `with` block, an interrupted one as well.
+    """Measures a `with` block, an interrupted one as well, if it had counted anything by then.
 
     Args:
         method, stage, device, devices: as in `CostRecord`; "auto" stands for the device that "auto" would choose.
@@ -167,7 +167,11 @@ class CostMeter:
         self._ended = self.record
         if error is None:
             self._save()
-            return
+        elif any((self._tokens, self._flops, self._prompt_tokens, self._completion_tokens)):
+            self._save_if_possible()
+
+    def _save_if_possible(self) -> None:
+        """Keep the record of an interrupted run; its own error is the one to report."""
         try:
             self._save()
         except ConfigError as failure:
@@ -213,6 +217,8 @@ class CostMeter:
         return self._device.startswith("cuda")
 
     def _peak_memory(self) -> int:
+        if self._device == API:
+            return 0
         if self._on_cuda:
             import torch
 
@@ -225,11 +231,11 @@ class CostMeter:
 
 
 def _device_name(device: torch.device | str) -> str:
-    if device != "auto":
+    if not isinstance(device, str) or device in ("cpu", API):
         return str(device)
     from pairtrace.engine.checkpoint import resolve_device
 
-    return str(resolve_device("auto"))
+    return str(resolve_device(device))
 
 
 def _cpu_seconds() -> float:

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pairtrace.engine.cost import CostMeter, costs_path
 from pairtrace.engine.data_config import DataConfig
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.errors import ConfigError
@@ -141,6 +142,14 @@ def extract(config: ExtractConfig, progress: Progress = NULL_PROGRESS) -> Extrac
         StoreMismatchError: the store exists and was made from something else.
         StoreError: the store cannot be written, or another process is writing to it.
     """
+    # An object store has no place beside it.
+    path = None if "://" in config.store else costs_path(config.store)
+    resumed = path is not None and Path(config.store).exists()
+    with CostMeter(method="activation", stage="extract", device=config.device, path=path, resumed=resumed) as meter:
+        return _extract(config, meter, progress)
+
+
+def _extract(config: ExtractConfig, meter: CostMeter, progress: Progress) -> ExtractSummary:
     from pairtrace.engine.backend import HFBackend
     from pairtrace.engine.shard_loop import ShardLoop
     from pairtrace.store.reader import ActivationStore
@@ -168,6 +177,7 @@ def extract(config: ExtractConfig, progress: Progress = NULL_PROGRESS) -> Extrac
                 max_length=config.max_length,
                 token_budget=config.token_budget,
                 fingerprint=manifest.model_fingerprint,
+                meter=meter,
             )
             loop.run(backend, missing)
     return _summary(config, manifest, loop.totals, time.perf_counter() - begun)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from pairtrace.engine.flops import ModelShape, causal
 from pairtrace.engine.rendering import RenderedPair
 from pairtrace.kernels.segment_attention import SegmentPlan, TreeSegment
 
@@ -61,6 +62,13 @@ def shared_length(pair: RenderedPair) -> int:
 def packed_tokens(pair: RenderedPair) -> int:
     """Tokens that a pair costs in a pack: its shared start once, and both leaves."""
     return len(pair.chosen_ids) + len(pair.rejected_ids) - shared_length(pair)
+
+
+def packed_flops(pair: RenderedPair, shape: ModelShape, blocks: int) -> float:
+    """Operations of a pair in a pack, through the first `blocks` blocks, without the LM head."""
+    shared = shared_length(pair)
+    chosen, leaf = float(len(pair.chosen_ids)), float(len(pair.rejected_ids) - shared)
+    return shape.forward_flops(chosen + leaf, causal(chosen) + leaf * shared + causal(leaf), blocks)
 
 
 def next_members(costs: Sequence[int], start: int, token_budget: int) -> range:

@@ -16,9 +16,9 @@ import torch
 from pairtrace.engine.architectures import family_of
 from pairtrace.engine.backend import ATTENTION_NAME, register_attention
 from pairtrace.engine.checkpoint import load_config, load_model, resolve_checkpoint, resolve_device
-from pairtrace.engine.flops import ModelShape, causal
+from pairtrace.engine.flops import ModelShape
 from pairtrace.engine.memory import is_out_of_memory
-from pairtrace.engine.packing import build_pack, next_members, packed_tokens, shared_length
+from pairtrace.engine.packing import build_pack, next_members, packed_flops, packed_tokens, shared_length
 from pairtrace.engine.rendered import RenderedPair
 from pairtrace.errors import ConfigError, ModelError
 
@@ -122,12 +122,8 @@ class ResponseScorer:
         return result
 
     def _flops(self, pair: RenderedPair) -> float:
-        shared = shared_length(pair)
-        leaf = len(pair.rejected_ids) - shared
-        tokens = len(pair.chosen_ids) + leaf
-        attended = causal(float(len(pair.chosen_ids))) + leaf * shared + causal(float(leaf))
         head = self._shape.head_flops_per_token * (pair.chosen_tokens + pair.rejected_tokens)
-        return self._shape.forward_flops(float(tokens), attended, self._shape.blocks) + head
+        return packed_flops(pair, self._shape, self._shape.blocks) + head
 
     def _check_ids(self, pairs: Sequence[RenderedPair]) -> None:
         """On a GPU an id outside the embedding would end the process instead of raising."""

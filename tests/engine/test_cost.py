@@ -1,0 +1,137 @@
+"""Cost records: what is measured, what an interruption leaves, what files and table say."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from pairtrace.engine.cost import API, CostMeter, CostRecord, Prices, costs_path, read_costs, write_costs
+from pairtrace.engine.cost_table import cost_table
+from pairtrace.errors import ConfigError, DataFormatError
+
+
+def record(method: str = "gradient", stage: str = "train", **changes: object) -> CostRecord:
+    values = {
+        "method": method,
+        "stage": stage,
+        "wall_seconds": 100.0,
+        "device_seconds": 7200.0,
+        "device": "cuda:0",
+        "devices": 2,
+        "model_tokens": 10,
+        "flops": 5.0,
+        "peak_memory_bytes": 1000,
+        "api_prompt_tokens": 2_000_000,
+        "api_completion_tokens": 500_000,
+        **changes,
+    }
+    return CostRecord(**values)  # type: ignore[arg-type]
+
+
+def test_money_is_device_hours_and_api_tokens() -> None:
+    prices = Prices(gpu_hour=3.0, million_prompt_tokens=0.5, million_completion_tokens=8.0)
+    assert record().money(prices) == pytest.approx(2 * 3.0 + 2 * 0.5 + 0.5 * 8.0)
+    assert record().money(Prices()) == 0
+    for wrong in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="--gpu-hour"):
+            Prices(gpu_hour=wrong)
+
+
+def test_a_meter_counts_work_on_the_cpu(tmp_path: Path) -> None:
+    path = costs_path(tmp_path / "scores.parquet")
+    assert path == tmp_path / "scores.costs.jsonl" == costs_path(path)
+    with CostMeter(method="m", stage="s", device="cpu", path=path) as meter:
+        meter.add(tokens=3, flops=1e12)
+        meter.add(tokens=4, flops=2e12)
+        busy = time.process_time()
+        while time.process_time() - busy < 0.05:
+            pass
+        before = time.process_time()
+        time.sleep(0.2)
+        idle = time.process_time() - before
+        meter.extra["note"] = "kept"
+    (kept,) = read_costs(path)
+    assert kept == meter.record
+    assert (kept.method, kept.stage, kept.device, kept.devices) == ("m", "s", "cpu", 1)
+    assert (kept.model_tokens, kept.flops, kept.extra) == (7, 3e12, {"note": "kept"})
+    # Waiting is wall time, but it does not use the processor.
+    assert kept.device_seconds >= 0.05
+    assert kept.wall_seconds - kept.device_seconds >= 0.15 - idle
+    assert kept.peak_memory_bytes > 1 << 20
+
+
+def test_an_api_holds_no_device() -> None:
+    with CostMeter(method="judge", stage="score", device=API) as meter:
+        meter.add(api_prompt_tokens=5, api_completion_tokens=2)
+    made = meter.record
+    assert (made.device_seconds, made.devices, made.peak_memory_bytes) == (0, 0, 0)
+    assert (made.api_prompt_tokens, made.api_completion_tokens) == (5, 2)
+
+
+def test_interrupted_and_resumed_runs_add_up(tmp_path: Path) -> None:
+    path = tmp_path / "a.costs.jsonl"
+    write_costs(path, [record(stage="other")])
+
+    def run(tokens: int, *, resumed: bool, fails: bool = False) -> None:
+        with CostMeter(method="gradient", stage="train", device="cpu", path=path, resumed=resumed) as meter:
+            meter.add(tokens=tokens)
+            if fails:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(5, resumed=False, fails=True)
+    run(6, resumed=True)
+    assert [(cost.stage, cost.model_tokens) for cost in read_costs(path)] == [("other", 10), ("train", 5), ("train", 6)]
+    with pytest.raises(KeyboardInterrupt):
+        run(0, resumed=False, fails=True)
+    assert len(read_costs(path)) == 3, "a run that failed before any work replaces nothing"
+    run(7, resumed=False)
+    assert [(cost.stage, cost.model_tokens) for cost in read_costs(path)] == [("other", 10), ("train", 7)]
+
+
+def test_a_running_stage_is_saved_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed process leaves."""
+    monkeypatch.setattr("pairtrace.engine.cost._SAVE_EVERY", 0.0)
+    path = tmp_path / "a.costs.jsonl"
+    with CostMeter(method="m", stage="s", device="cpu", path=path) as meter:
+        meter.add(tokens=1)
+        assert [cost.model_tokens for cost in read_costs(path)] == [1]
+        meter.add(tokens=1)
+        assert [cost.model_tokens for cost in read_costs(path)] == [2]
+    assert [cost.model_tokens for cost in read_costs(path)] == [2]
+
+
+def test_the_table_adds_runs_and_stages(tmp_path: Path) -> None:
+    write_costs(tmp_path / "a.costs.jsonl", [record(), record(peak_memory_bytes=3000), record("judge", "score")])
+    write_costs(tmp_path / "b.costs.jsonl", [record(stage="warm-up", flops=2.0)])
+    prices = Prices(gpu_hour=1.0)
+    products = [tmp_path / "a.parquet", tmp_path / "a.costs.jsonl", tmp_path / "b.zarr"]
+    lines = {(line.method, line.stage): line for line in cost_table(products, prices)}
+    assert list(lines) == [
+        *(("gradient", "train"), ("gradient", "warm-up"), ("gradient", "total")),
+        *(("judge", "score"), ("judge", "total")),
+    ]
+    train, total = lines["gradient", "train"], lines["gradient", "total"]
+    assert (train.runs, train.flops, train.money, train.peak_memory_bytes) == (2, 10.0, 4.0, 3000)
+    assert (total.runs, total.flops, total.money, total.wall_seconds) == (3, 12.0, 6.0, 300.0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("not json\n", "line 1 is not JSON"),
+        ("[]\n", "not a cost record"),
+        (json.dumps(record().to_dict()) + '\n{"method": "m"}\n', "line 2 is not a cost record"),
+        (json.dumps({**record().to_dict(), "flops": "many"}) + "\n", "wrong type in flops"),
+        (None, "cannot read the costs file"),
+    ],
+)
+def test_damaged_files_are_named(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "a.costs.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataFormatError, match=message):
+        read_costs(path)
