@@ -20,7 +20,7 @@ def _evaluate(
         str, typer.Argument(help="Prompts, yaml or jsonl; an entry may have the keys cell, benign and constraint.")
     ],
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="MODEL...", help="Checkpoints; differences are from the first one.")
+        list[str] | None, typer.Argument(metavar="MODEL", help="Checkpoints; differences are from the first one.")
     ] = None,
     out: Annotated[
         str | None, typer.Option(help="Report to write (.json); responses and costs go beside it, a rerun goes on.")
