@@ -16,6 +16,7 @@ import numpy as np
 
 from pairtrace.engine.behavior_config import BehaviorConfig, Kinds
 from pairtrace.engine.change_vectors import ChangeVectors, change_vectors
+from pairtrace.engine.cost import CostMeter, costs_path
 from pairtrace.engine.directions import Direction, save_directions
 from pairtrace.engine.judge import load_rules
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
@@ -23,7 +24,7 @@ from pairtrace.engine.prompts import load_prompts
 from pairtrace.engine.reading import Reading, choose_reading, fitting_store
 from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.engine.rollout_table import RolloutTable
-from pairtrace.engine.rollouts import sample_rollouts
+from pairtrace.engine.rollouts import journal_path, sample_rollouts
 from pairtrace.engine.scenarios import Cell, Filtered, filter_scenarios, require_scenarios
 from pairtrace.engine.versions import library_versions
 from pairtrace.errors import ConfigError, DataMismatchError
@@ -82,6 +83,15 @@ def build_behavior(config: BehaviorConfig, progress: Progress = NULL_PROGRESS) -
         ConfigError, ModelError, LayerError: an option or a checkpoint cannot be used.
         StoreMismatchError: `store` was made with another model, tokenizer or template, or an option contradicts it.
     """
+    # Rollouts that were sampled here are there already, or part of them: this run goes on with their product.
+    sampled = Path(config.rollouts_out)
+    resumed = config.rollouts is None and (sampled.exists() or journal_path(sampled).exists())
+    path = costs_path(config.out)
+    with CostMeter(method="activation", stage="behavior", device=config.device, path=path, resumed=resumed) as meter:
+        return _build(config, meter, progress)
+
+
+def _build(config: BehaviorConfig, meter: CostMeter, progress: Progress) -> BehaviorSummary:
     from pairtrace.engine.architectures import check_layers, family_of
     from pairtrace.engine.backend import HFBackend
     from pairtrace.engine.checkpoint import load_config, model_fingerprint, resolve_device, resolve_dtype
@@ -109,7 +119,7 @@ def build_behavior(config: BehaviorConfig, progress: Progress = NULL_PROGRESS) -
         truncation=reading.truncation,
         chat_template=encoder.chat_template,
     )
-    table = judged_rollouts(config, prints["model_fingerprint"], progress)
+    table = judged_rollouts(config, prints["model_fingerprint"], progress, meter)
     filtered = filter_scenarios(table, config.max_base_rate)
     require_scenarios(filtered)
     backend = HFBackend.load(
@@ -120,6 +130,7 @@ def build_behavior(config: BehaviorConfig, progress: Progress = NULL_PROGRESS) -
         max_length=reading.max_length,
         token_budget=config.token_budget,
         fingerprint=prints["model_fingerprint"],
+        meter=meter,
     )
     vectors = change_vectors(table, filtered.pairs, renderer, backend, progress)
     directions = _directions(config, vectors, reading.layers, prints)
@@ -143,8 +154,10 @@ def build_behavior(config: BehaviorConfig, progress: Progress = NULL_PROGRESS) -
     )
 
 
-def judged_rollouts(config: BehaviorConfig, base_fingerprint: str, progress: Progress) -> RolloutTable:
-    """Sample or read the rollouts, judge them, and keep both beside the direction file.
+def judged_rollouts(
+    config: BehaviorConfig, base_fingerprint: str, progress: Progress, meter: CostMeter | None = None
+) -> RolloutTable:
+    """Sample or read the rollouts, judge them, and keep both beside the direction file; `meter` counts the sampling.
 
     Raises:
         DataMismatchError: the rollouts were sampled from other models, or with other prompts, than those given.
@@ -158,7 +171,7 @@ def judged_rollouts(config: BehaviorConfig, base_fingerprint: str, progress: Pro
         if config.label_column is None and (config.rules is not None or not table.has_verdicts):
             table = table.judged(judge, progress)
     else:
-        table = sample_rollouts(config.rollout_config, progress).judged(judge, progress)
+        table = sample_rollouts(config.rollout_config, progress, meter).judged(judge, progress)
     _refuse_overwriting(table, config.rollouts_out)
     table.write(config.rollouts_out)
     return table

@@ -82,6 +82,14 @@ class ModelShape:
             routed_experts=int(experts),
         )
 
+    @classmethod
+    def known(cls, config: Any) -> ModelShape | None:
+        """As `from_config`; None for a model type without a formula here."""
+        try:
+            return cls.from_config(config)
+        except UnsupportedModelError:
+            return None
+
     @property
     def block_flops_per_token(self) -> int:
         """Operations of one block for one token, without the attention products."""
@@ -98,6 +106,15 @@ class ModelShape:
     def head_flops_per_token(self) -> int:
         """Operations of the LM head for one token."""
         return 2 * self.width * self.vocabulary
+
+    def generation_flops(self, prompt: float, generated: float) -> float:
+        """Operations of reading a prompt and generating tokens with cached keys and values, the LM head on the latter.
+
+        Args:
+            prompt, generated: token counts.
+        """
+        tokens = prompt + generated
+        return self.forward_flops(tokens, causal(tokens), self.blocks) + self.head_flops_per_token * generated
 
     def forward_flops(self, tokens: Count, attended: Count, blocks: int, *, head: bool = False) -> Count:
         """Operations of a forward pass.

@@ -24,6 +24,7 @@ from pairtrace.engine.rollout_table import BASE, SCHEMA, TUNED, RolloutTable
 from pairtrace.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pairtrace.engine.cost import CostMeter
     from pairtrace.engine.prompt_encoder import PromptEncoder
     from pairtrace.engine.sampling import Request, Sampled
 
@@ -82,10 +83,13 @@ class RolloutConfig:
             raise ConfigError(f"conditions are {self.conditions}; expected plain, or plain and distractor")
 
 
-def sample_rollouts(config: RolloutConfig, progress: Progress = NULL_PROGRESS) -> RolloutTable:
+def sample_rollouts(
+    config: RolloutConfig, progress: Progress = NULL_PROGRESS, meter: CostMeter | None = None
+) -> RolloutTable:
     """Sample the rollouts of `config`, or go on with those of an interrupted run.
 
-    A finished file made with the same settings is read instead. Verdicts are not given here.
+    A finished file made with the same settings is read instead. Verdicts are not given here. `meter` counts the tokens
+    of this run and their operations.
 
     Returns:
         The table, as written to `config.out`, sorted by prompt, condition, model and sample.
@@ -139,12 +143,13 @@ def sample_rollouts(config: RolloutConfig, progress: Progress = NULL_PROGRESS) -
         for prompt in prompts.prompts
         for sample in range(config.samples)
     ]
-    journal = RolloutJournal(out.with_name(out.name + ".partial.jsonl"), identity)
+    journal = RolloutJournal(journal_path(out), identity)
     with journal:
         for name, encoder in encoders.items():
             open_keys = [key for key in keys if key[0] == name and key not in journal.rows]
             if open_keys:
-                _sample_model(config, encoder, _requests(open_keys, encoded, config.seed), open_keys, journal, progress)
+                requests = _requests(open_keys, encoded, config.seed)
+                _sample_model(config, encoder, requests, open_keys, journal, progress, meter)
                 _free_memory()
         manifest = {
             "schema_version": 1,
@@ -157,6 +162,11 @@ def sample_rollouts(config: RolloutConfig, progress: Progress = NULL_PROGRESS) -
         table.write(out)
     journal.path.unlink(missing_ok=True)
     return table
+
+
+def journal_path(out: Path) -> Path:
+    """Where the finished rollouts of an unfinished run are kept."""
+    return out.with_name(out.name + ".partial.jsonl")
 
 
 def _requests(keys: list[Key], encoded: dict[tuple[str, str, str], list[int]], seed: int) -> list[Request]:
@@ -179,10 +189,13 @@ def _sample_model(
     keys: list[Key],
     journal: RolloutJournal,
     progress: Progress,
+    meter: CostMeter | None,
 ) -> None:
+    from pairtrace.engine.flops import ModelShape
     from pairtrace.engine.sampling import Sampler
 
     sampler = Sampler.load(encoder, device=config.device, dtype=config.dtype)
+    shape = ModelShape.known(sampler.model.config)
     tokens = 0
     progress.start(f"rollouts of {keys[0][0]}", len(keys), "responses")
 
@@ -190,6 +203,10 @@ def _sample_model(
         nonlocal tokens
         journal.append([(keys[position], sampled) for position, sampled in finished])
         tokens += sum(sampled.tokens for _, sampled in finished)
+        if meter is not None:
+            lengths = [(len(requests[position].prompt), sampled.tokens) for position, sampled in finished]
+            flops = 0.0 if shape is None else sum(shape.generation_flops(*pair) for pair in lengths)
+            meter.add(tokens=sum(map(sum, lengths)), flops=flops)
         progress.advance(len(finished), tokens=tokens)
 
     sampler.sample(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pairtrace.engine.cost import CostMeter, costs_path
 from pairtrace.engine.directions import Direction
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.score_blocks import Scorer, local_scores
@@ -135,6 +136,14 @@ def score(config: ScoreConfig, progress: Progress = NULL_PROGRESS) -> ScoreSumma
         ConfigError: the scores file cannot be written, or the cluster cannot be used.
         MissingDependencyError: `scheduler` without Dask.
     """
+    with CostMeter(method="activation", stage="score", device="cpu", path=costs_path(config.out)) as meter:
+        if config.scheduler is not None:
+            # What its workers spend is not measured here.
+            meter.extra["scheduler"] = config.scheduler
+        return _score(config, meter, progress)
+
+
+def _score(config: ScoreConfig, meter: CostMeter, progress: Progress) -> ScoreSummary:
     begun = time.perf_counter()
     store = ActivationStore.open(config.store, allow_incomplete=config.allow_incomplete)
     layer, directions = select_directions(store, config.directions, config.layer)
@@ -163,6 +172,8 @@ def score(config: ScoreConfig, progress: Progress = NULL_PROGRESS) -> ScoreSumma
     }
     rankings = {direction.name: tally.ranking(column) for column, direction in enumerate(directions)}
     write_scores(config.out, names, rows, rankings, _manifest(config, store, layer, directions, counts, tally))
+    # A dot product of each row with each direction, and the row's own norm.
+    meter.add(flops=2.0 * store.rows * store.width * (1 + sum(len(direction.values) for direction in directions)))
     seconds = time.perf_counter() - begun
     return ScoreSummary(
         out=config.out,

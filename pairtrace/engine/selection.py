@@ -5,6 +5,7 @@ Legend: N rows, n ranked rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -46,8 +47,8 @@ class SelectionRule:
             raise ConfigError(f"-k is {self.k}; expected at least 1")
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise ConfigError(f"--fraction is {self.fraction}; expected above 0 and at most 1")
-        if self.threshold is not None and not -1 <= self.threshold <= 1:
-            raise ConfigError(f"--threshold is {self.threshold}; a cosine lies between -1 and 1")
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise ConfigError(f"--threshold is {self.threshold}; expected a number")
         if self.fdr is not None and not 0 < self.fdr < 1:
             raise ConfigError(f"--fdr is {self.fdr}; expected above 0 and below 1")
         if self.null not in ("sign-flip", "random"):

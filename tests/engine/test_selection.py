@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -110,7 +111,7 @@ def test_one_false_discovery_is_always_reckoned_with() -> None:
         ({"k": 1, "fdr": 0.1}, "got k, fdr"),
         ({"k": 0}, "at least 1"),
         ({"fraction": 0.0}, "above 0 and at most 1"),
-        ({"threshold": 1.5}, "between -1 and 1"),
+        ({"threshold": math.nan}, "expected a number"),
         ({"fdr": 1.0}, "above 0 and below 1"),
         ({"fdr": 0.1, "null": "none"}, "expected sign-flip or random"),
     ],
