@@ -49,6 +49,7 @@ def make_store(
     zero: tuple[int, ...] = (11,),
     skip_shards: tuple[int, ...] = (),
     seed: int = 0,
+    tokens: np.ndarray | None = None,
     **manifest_fields: Any,
 ) -> SmallStore:
     root.mkdir(parents=True, exist_ok=True)
@@ -93,6 +94,7 @@ def make_store(
             stored[layer] = exact.astype(dtype)
             values[layer] = stored[layer].astype(np.float32)
     identifiers = rng.integers(0, 256, size=(rows, 16), dtype=np.uint8)
+    counts = np.ones((rows, 3), np.int32) if tokens is None else tokens.astype(np.int32)
     with StoreWriter.create_or_resume(root / "acts.zarr", manifest, fsync=False) as writer:
         for shard in writer.missing_shards():
             span = slice(64 * shard, min(64 * shard + 64, rows))
@@ -103,7 +105,7 @@ def make_store(
                 ShardBlock(
                     index=shard,
                     pair_id=identifiers[span],
-                    tokens=np.ones((span.stop - span.start, 3), np.int32),
+                    tokens=counts[span],
                     status=status[span],
                     reason=["identical: test" if s == 2 else "" for s in status[span]],
                     source=names[span],
