@@ -17,7 +17,9 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 
+from pairtrace.engine.architectures import FAMILIES
 from pairtrace.engine.checkpoint import load_config, load_model, resolve_checkpoint, resolve_device
+from pairtrace.engine.decoding import decode_batch
 from pairtrace.engine.memory import is_out_of_memory
 from pairtrace.engine.prompt_encoder import PromptEncoder
 from pairtrace.errors import ModelError
@@ -74,12 +76,20 @@ class _InverseCdf(LogitsProcessor):
         self.prompt_tokens = prompt_tokens
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        step = input_ids.shape[1] - self.prompt_tokens
-        cumulative = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(dim=-1)  # [B, V]
-        wanted = self.uniforms[:, step : step + 1] * cumulative[:, -1:]
+        every = torch.arange(len(scores), device=scores.device)
+        drawn = self.draw(scores, every, input_ids.shape[1] - self.prompt_tokens)
+        return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
+
+    def draw(self, scores: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+        """The tokens of some rows: int64 [b] out of their logits [b, V]."""
+        cumulative = torch.softmax(scores.double() / self.temperature, dim=-1).cumsum(dim=-1)  # [b, V]
+        wanted = self.uniforms[rows, step][:, None] * cumulative[:, -1:]
         # right=True: the first token whose cumulative probability exceeds u, so none of probability 0.
-        drawn = torch.searchsorted(cumulative, wanted, right=True).clamp_(max=scores.shape[1] - 1)
-        return torch.full_like(scores, -torch.inf).scatter_(1, drawn, 0.0)
+        return torch.searchsorted(cumulative, wanted, right=True).clamp_(max=scores.shape[1] - 1)[:, 0]
+
+
+def _most_likely(scores: torch.Tensor, rows: torch.Tensor, step: int) -> torch.Tensor:
+    return scores.argmax(dim=-1)
 
 
 def left_padded(sequences: Sequence[Sequence[int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,27 +200,46 @@ class Sampler:
     ) -> list[Sampled] | None:
         """Answers to one batch; None when memory ran out."""
         device = self.model.device
-        ids, mask = left_padded(prompts, self._pad)
-        processors: list[LogitsProcessor] = []
-        if uniforms is not None:
-            processors.append(_InverseCdf(uniforms.to(device), temperature, ids.shape[1]))
+        ids, mask = (padded.to(device) for padded in left_padded(prompts, self._pad))
+        inverse = None if uniforms is None else _InverseCdf(uniforms.to(device), temperature, ids.shape[1])
+        # Other families may keep more than keys and values, which only their own `generate` knows about.
+        generate = self._generate_fast if self.model.config.model_type in FAMILIES else self._generate
         try:
             with torch.inference_mode():
-                output = self.model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    logits_processor=processors,
-                    max_new_tokens=max_new_tokens,
-                )
+                return [self._decode(row) for row in generate(ids, mask, inverse, max_new_tokens)]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-        else:
-            return [self._decode(row) for row in output[:, ids.shape[1] :].tolist()]
         # Only here is the error gone, and with it its hold on the tensors of the failed pass.
         gc.collect()
         torch.cuda.empty_cache()
         return None
+
+    def _generate(
+        self, ids: torch.Tensor, mask: torch.Tensor, inverse: _InverseCdf | None, max_new_tokens: int
+    ) -> list[list[int]]:
+        """The general path: generated tokens of each row, padded after its end token."""
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            logits_processor=[] if inverse is None else [inverse],
+            max_new_tokens=max_new_tokens,
+        )
+        generated: list[list[int]] = output[:, ids.shape[1] :].tolist()
+        return generated
+
+    def _generate_fast(
+        self, ids: torch.Tensor, mask: torch.Tensor, inverse: _InverseCdf | None, max_new_tokens: int
+    ) -> list[list[int]]:
+        """The same tokens with less work: rows that have ended leave the batch."""
+        return decode_batch(
+            self.model,
+            ids,
+            mask,
+            end_tokens=self.end_tokens,
+            max_new_tokens=max_new_tokens,
+            choose=_most_likely if inverse is None else inverse.draw,
+        )
 
     def _decode(self, generated: list[int]) -> Sampled:
         ends = [position for position, token in enumerate(generated) if token in self.end_tokens]

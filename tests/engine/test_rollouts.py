@@ -174,27 +174,27 @@ def test_running_out_of_memory_halves_the_batch(
     sampler: Sampler, monkeypatch: pytest.MonkeyPatch, error: RuntimeError
 ) -> None:
     reference = sampler.sample(requests(sampler, 2), temperature=0.9, max_new_tokens=4, batch_size=6)
-    honest, sizes = sampler.model.generate, []
+    honest, sizes = sampling.decode_batch, []
 
-    def small_memory(input_ids: torch.Tensor, **options: Any) -> Any:
-        sizes.append(len(input_ids))
-        if len(input_ids) > 2:
+    def small_memory(model: Any, ids: torch.Tensor, *given: Any, **options: Any) -> Any:
+        sizes.append(len(ids))
+        if len(ids) > 2:
             raise error
-        return honest(input_ids=input_ids, **options)
+        return honest(model, ids, *given, **options)
 
-    monkeypatch.setattr(sampler.model, "generate", small_memory)
+    monkeypatch.setattr(sampling, "decode_batch", small_memory)
     assert sampler.sample(requests(sampler, 2), temperature=0.9, max_new_tokens=4, batch_size=6) == reference
     assert sizes[:2] == [6, 3]
-    monkeypatch.setattr(sampler.model, "generate", lambda **_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(sampling, "decode_batch", lambda *_, **__: (_ for _ in ()).throw(error))
     with pytest.raises(ModelError, match="alone"):
         sampler.sample(requests(sampler), temperature=0, max_new_tokens=4, batch_size=2)
 
 
 def test_other_failures_are_not_taken_for_a_full_memory(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(**_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(sampler.model, "generate", broken)
+    monkeypatch.setattr(sampling, "decode_batch", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         sampler.sample(requests(sampler), temperature=0, max_new_tokens=4, batch_size=2)
 
