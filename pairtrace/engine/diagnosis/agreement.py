@@ -13,6 +13,9 @@ from pairtrace.engine.diagnosis.confounding import top_pairs
 from pairtrace.engine.diagnosis.sweep import Group
 from pairtrace.engine.fidelity import spearman
 
+# Banks resampled by rollouts share no direction; so many in all, and so few banks at least.
+_MOST_DIRECTIONS, _FEWEST_BANKS = 2048, 8
+
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
@@ -92,9 +95,11 @@ def resampled_rollouts(
         vectors: float32 [P, D], one per rollout pair.
         scenarios: int64 [P], number of its prompt, 0 to S - 1, every one with at least one pair.
         kind: as for `resampled_prompts`.
-        samples: R.
+        samples: R; for banks as many as fit, at least 8.
         rng: of the draws.
     """
+    if kind == "bank":
+        samples = max(_FEWEST_BANKS, min(samples, _MOST_DIRECTIONS // (int(scenarios.max()) + 1)))
     order = np.argsort(scenarios, kind="stable")
     counts = np.bincount(scenarios)
     starts = np.repeat(np.cumsum(counts) - counts, counts)

@@ -98,8 +98,8 @@ def flipped_excess(scores: np.ndarray, k: int, *, centred: bool) -> Excess:
     Args:
         scores: float [n].
         k: size of the top.
-        centred: measure from the median: for methods whose zero means nothing. A cosine is measured from zero, and
-            from the smallest positive score where the top k has others.
+        centred: measure from the median: for methods whose zero means nothing, and for banks, whose largest cosine
+            has no opposite. The cosine of a vector is measured from zero.
     """
     values = scores - np.median(scores) if centred else scores
     threshold = float(max(np.partition(values, len(values) - k)[len(values) - k], np.finfo(np.float32).tiny))
@@ -139,7 +139,8 @@ def random_excess(scores: np.ndarray, null: str, tail: float, chance: ScoreHisto
         pairs=pairs,
         expected=expected,
         excess=pairs - expected,
-        interval=(pairs - high, pairs - low),
+        # A few extreme directions can carry the mean past the quantiles.
+        interval=(pairs - max(high, expected), pairs - min(low, expected)),
     )
 
 

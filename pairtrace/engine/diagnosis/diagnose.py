@@ -32,12 +32,20 @@ from pairtrace.engine.diagnosis.concentration import (
 )
 from pairtrace.engine.diagnosis.config import FEWEST_PAIRS, TOP_SHARE, DiagnoseConfig, NotMeasured
 from pairtrace.engine.diagnosis.confounding import LengthConfounding, SourceConfounding, source_confounding
-from pairtrace.engine.diagnosis.inputs import Behavior, ScoredPairs, find_behavior, open_store, read_scores
+from pairtrace.engine.diagnosis.findings import Finding, Measured
+from pairtrace.engine.diagnosis.inputs import (
+    Behavior,
+    ScoredPairs,
+    find_behavior,
+    open_store,
+    read_scores,
+    scored_kind,
+)
 from pairtrace.engine.diagnosis.lengths import measured_lengths
 from pairtrace.engine.diagnosis.likeness import Likeness, likeness, own_scores
 from pairtrace.engine.diagnosis.null import data_like, sample_units, sphere_like
 from pairtrace.engine.diagnosis.sweep import Group, Swept, sweep, thinned
-from pairtrace.engine.diagnosis.verdict import Finding, Measured, Verdict, judge
+from pairtrace.engine.diagnosis.verdict import Verdict, judge
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.scores_table import ScoresTable
 from pairtrace.errors import ConfigError
@@ -159,7 +167,7 @@ def diagnose(config: DiagnoseConfig, progress: Progress = NULL_PROGRESS) -> Diag
     }
     random = missing or measured.random  # type: ignore[union-attr]
     method = str(table.manifest.get("method") or COSINE)
-    flipped = flipped_excess(pairs.scores, k, centred=method != COSINE)
+    flipped = flipped_excess(pairs.scores, k, centred=method != COSINE or scored_kind(table, name) == "bank")
     spread = mass(pairs.scores, k)
     judged = judge(Measured(random=random, flipped=flipped, mass=spread, **found))
     return Diagnosis(

@@ -140,8 +140,7 @@ def find_behavior(
         DirectionError: the direction file that was given cannot be read.
         DataMismatchError: it holds another direction than the one that was scored.
     """
-    entries = [entry for entry in table.manifest.get("directions", []) if isinstance(entry, dict)]
-    entry = next((entry for entry in entries if entry.get("name") == name), None)
+    entry = _entry(table, name)
     layer = table.manifest.get("layer")
     if entry is None or not isinstance(layer, int):
         method = table.manifest.get("method")
@@ -174,6 +173,18 @@ def find_behavior(
             raise DataMismatchError(f"{problem}: {expected}; give the file that {table.path} was scored with")
         return NotMeasured(not_measured=f"{problem}: {expected}; say where the right file is with --directions")
     return Behavior(file=path, layer=layer, by_layer=by_layer, bank=_bank(path, loaded, found, layer))
+
+
+def scored_kind(table: ScoresTable, name: str) -> str | None:
+    """ "vector" or "bank"; None for scores that were not made by directions."""
+    entry = _entry(table, name)
+    return None if entry is None else str(entry.get("kind"))
+
+
+def _entry(table: ScoresTable, name: str) -> dict[str, Any] | None:
+    """What the scores file says of the behaviour's direction."""
+    entries = [entry for entry in table.manifest.get("directions", []) if isinstance(entry, dict)]
+    return next((entry for entry in entries if entry.get("name") == name), None)
 
 
 def _recorded_file(table: ScoresTable, entry: dict[str, Any]) -> str | None:

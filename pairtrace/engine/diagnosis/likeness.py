@@ -78,12 +78,14 @@ def likeness(scores: np.ndarray, own: np.ndarray, rng: np.random.Generator) -> L
     """
     ordered = np.sort(scores)
     quantiles = np.quantile(own, QUANTILES)
+    pairs, nearly = (_smallest(_at_least(ordered, reach * quantiles)) for reach in (REACH, NEAR_REACH))
+    # At the quantile that decided: the smallest of resampled estimates would lie below the estimate itself.
+    place = int(_estimates(_at_least(ordered, REACH * quantiles)).argmin())
     estimates = []
     for _ in range(_SAMPLES):
         counts = _at_least(ordered, REACH * np.quantile(rng.choice(own, len(own)), QUANTILES))
-        estimates.append(_smallest(rng.binomial(len(scores), counts / len(scores))))
+        estimates.append(_estimates(rng.binomial(len(scores), counts / len(scores)))[place])
     low, high = np.quantile(estimates, (0.025, 0.975)).tolist()
-    pairs, nearly = (_smallest(_at_least(ordered, reach * quantiles)) for reach in (REACH, NEAR_REACH))
     return Likeness(
         own_scores=tuple(quantiles.tolist()),
         pairs=pairs,
@@ -101,5 +103,10 @@ def _at_least(ordered: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
     return counts
 
 
+def _estimates(counts: np.ndarray) -> np.ndarray:
+    estimates: np.ndarray = counts / (1 - np.array(QUANTILES))
+    return estimates
+
+
 def _smallest(counts: np.ndarray) -> float:
-    return float((counts / (1 - np.array(QUANTILES))).min())
+    return float(_estimates(counts).min())
