@@ -200,8 +200,8 @@ def _journal_path(out: str, identity: dict[str, Any]) -> Path:
 
 def _entry(start: int, block: np.ndarray) -> dict[str, Any]:
     """Finished rows as an entry of the journal; what is not finite becomes null."""
-    columns = np.where(np.isfinite(block), block, None).T.tolist()
-    return {"start": start, "chosen": columns[0], "rejected": columns[1]}
+    chosen, rejected = ([value if math.isfinite(value) else None for value in column] for column in block.T.tolist())
+    return {"start": start, "chosen": chosen, "rejected": rejected}
 
 
 def _replay(journal: Journal, result: np.ndarray) -> int:
