@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from pairtrace.engine.atomic import replacing
+from pairtrace.engine.memory import is_out_of_memory
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.rendered import RenderedPair
 from pairtrace.engine.training.batches import Side, pad_sides, sides
@@ -113,7 +114,7 @@ def reference_log_probabilities(
         cache: gets the new values.
         compute: from a batch of `pad_sides` to the log-probabilities of its sequences, [S].
         pad_token_id: fills up shorter sequences.
-        token_budget: padded tokens per forward pass.
+        token_budget: padded tokens per forward pass; halved whenever memory does not suffice.
         progress: is told of every batch.
         on_batch: is told what was computed, as (pair, 0 for chosen or 1 for rejected).
 
@@ -138,7 +139,14 @@ def reference_log_probabilities(
     try:
         while first < len(missing):
             block = missing[first : first + max(1, token_budget // len(missing[first][0][0]))]
-            values = compute(pad_sides([side for side, _, _ in block], pad_token_id)).float().cpu().tolist()
+            try:
+                values = compute(pad_sides([side for side, _, _ in block], pad_token_id)).float().cpu().tolist()
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(block) == 1:
+                    raise
+                token_budget //= 2
+                logger.warning("out of memory: the reference goes on with %s tokens per pass", f"{token_budget:,}")
+                continue
             for (_, key, (number, _)), value in zip(block, values, strict=True):
                 if not np.isfinite(value):
                     raise TrainingError(

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from pairtrace.engine.memory import is_out_of_memory
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.training.config import TrainConfig
 from pairtrace.engine.training.run_directory import COSTS, RECORD, RunDirectory
-from pairtrace.errors import ConfigError, MissingDependencyError
+from pairtrace.errors import ConfigError, MissingDependencyError, TrainingError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +75,7 @@ def train(config: TrainConfig, progress: Progress = NULL_PROGRESS) -> TrainSumma
         DataError: the data cannot be read, or no row can be trained on.
         MissingDependencyError: the extra `train` is not installed.
         ModelError: the checkpoint or its tokenizer cannot be used.
-        TrainingError: the loss or a gradient is not finite.
+        TrainingError: the loss or a gradient is not finite, or memory does not suffice.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("pairtrace train runs in one process; start it without accelerate launch or torchrun")
@@ -90,8 +91,16 @@ def train(config: TrainConfig, progress: Progress = NULL_PROGRESS) -> TrainSumma
         return TrainSummary(**{**done["summary"], "already_complete": True})
     lock = directory.begin(job.identity)
     try:
-        with _own_state(config.threads):
-            outcome = run_dpo(job, directory, progress)
+        try:
+            with _own_state(config.threads):
+                outcome = run_dpo(job, directory, progress)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"out of memory ({str(error).splitlines()[0]}); spread a step over more passes with a larger "
+                "--accumulation, or give --gradient-checkpointing, a smaller --max-length or --lora"
+            ) from error
         summary = TrainSummary(
             **outcome.figures,
             out=str(config.out),

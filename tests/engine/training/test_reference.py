@@ -117,6 +117,23 @@ def test_interrupted_pass_keeps_what_it_has(small: Path, data: Path, tmp_path: P
     assert sum(sizes) == len({side_id(side) for pair in pairs for side in sides(pair)}) - done
 
 
+def test_pass_that_does_not_fit_is_made_smaller(
+    small: Path, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = rendered(small, data)
+    expected, _ = passes(ReferenceCache(tmp_path / "plenty", "0" * 64, "float32"), pairs, value=-1.0)
+
+    def compute(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if len(batch["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch["completion_mask"].sum(dim=1) * -1.0
+
+    cache = ReferenceCache(tmp_path / "scarce", "0" * 64, "float32")
+    values, _ = reference_log_probabilities(pairs, cache, compute, pad_token_id=0, token_budget=1000)
+    assert np.array_equal(values, expected)
+    assert "goes on with" in caplog.text
+
+
 def test_value_that_is_not_finite_is_refused_with_its_row(small: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"row \d+ is nan"):
         passes(ReferenceCache(tmp_path, "0" * 64, "float32"), rendered(small, data), value=float("nan"))
