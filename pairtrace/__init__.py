@@ -15,6 +15,8 @@ from pairtrace.version import __version__
 if TYPE_CHECKING:
     from pairtrace.engine.behavior import BehaviorConfig, build_behavior
     from pairtrace.engine.convert import ConvertConfig, convert
+    from pairtrace.engine.diagnosis.config import DiagnoseConfig
+    from pairtrace.engine.diagnosis.diagnose import diagnose
     from pairtrace.engine.evaluation.config import EvaluateConfig
     from pairtrace.engine.evaluation.evaluate import evaluate
     from pairtrace.engine.extract import ExtractConfig, extract
@@ -31,6 +33,7 @@ __all__ = [
     "ActivationStore",
     "BehaviorConfig",
     "ConvertConfig",
+    "DiagnoseConfig",
     "EvaluateConfig",
     "ExtractConfig",
     "PlanConfig",
@@ -39,6 +42,7 @@ __all__ = [
     "__version__",
     "build_behavior",
     "convert",
+    "diagnose",
     "evaluate",
     "extract",
     "open_pairs",
@@ -54,6 +58,7 @@ _HOMES = {
     "ActivationStore": "pairtrace.store.reader",
     "BehaviorConfig": "pairtrace.engine.behavior",
     "ConvertConfig": "pairtrace.engine.convert",
+    "DiagnoseConfig": "pairtrace.engine.diagnosis.config",
     "EvaluateConfig": "pairtrace.engine.evaluation.config",
     "ExtractConfig": "pairtrace.engine.extract",
     "PlanConfig": "pairtrace.engine.plan",
@@ -61,6 +66,7 @@ _HOMES = {
     "TrainConfig": "pairtrace.engine.training.config",
     "build_behavior": "pairtrace.engine.behavior",
     "convert": "pairtrace.engine.convert",
+    "diagnose": "pairtrace.engine.diagnosis.diagnose",
     "evaluate": "pairtrace.engine.evaluation.evaluate",
     "extract": "pairtrace.engine.extract",
     "open_pairs": "pairtrace.engine.pairs",
