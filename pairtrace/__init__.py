@@ -13,8 +13,13 @@ from typing import TYPE_CHECKING, Any
 from pairtrace.version import __version__
 
 if TYPE_CHECKING:
+    from pairtrace.engine.baselines.judge import score_by_judge
+    from pairtrace.engine.baselines.judge_config import JudgeConfig
+    from pairtrace.engine.baselines.margin import MarginConfig, score_margin
+    from pairtrace.engine.baselines.simple import LengthConfig, RandomConfig, score_length, score_random
     from pairtrace.engine.behavior import BehaviorConfig, build_behavior
     from pairtrace.engine.convert import ConvertConfig, convert
+    from pairtrace.engine.cost import CostRecord, Prices, read_costs
     from pairtrace.engine.diagnosis.config import DiagnoseConfig
     from pairtrace.engine.diagnosis.diagnose import diagnose
     from pairtrace.engine.evaluation.config import EvaluateConfig
@@ -33,10 +38,16 @@ __all__ = [
     "ActivationStore",
     "BehaviorConfig",
     "ConvertConfig",
+    "CostRecord",
     "DiagnoseConfig",
     "EvaluateConfig",
     "ExtractConfig",
+    "JudgeConfig",
+    "LengthConfig",
+    "MarginConfig",
     "PlanConfig",
+    "Prices",
+    "RandomConfig",
     "ScoreConfig",
     "TrainConfig",
     "__version__",
@@ -47,7 +58,12 @@ __all__ = [
     "extract",
     "open_pairs",
     "plan",
+    "read_costs",
     "score",
+    "score_by_judge",
+    "score_length",
+    "score_margin",
+    "score_random",
     "sources",
     "top",
     "train",
@@ -58,10 +74,16 @@ _HOMES = {
     "ActivationStore": "pairtrace.store.reader",
     "BehaviorConfig": "pairtrace.engine.behavior",
     "ConvertConfig": "pairtrace.engine.convert",
+    "CostRecord": "pairtrace.engine.cost",
     "DiagnoseConfig": "pairtrace.engine.diagnosis.config",
     "EvaluateConfig": "pairtrace.engine.evaluation.config",
     "ExtractConfig": "pairtrace.engine.extract",
+    "JudgeConfig": "pairtrace.engine.baselines.judge_config",
+    "LengthConfig": "pairtrace.engine.baselines.simple",
+    "MarginConfig": "pairtrace.engine.baselines.margin",
     "PlanConfig": "pairtrace.engine.plan",
+    "Prices": "pairtrace.engine.cost",
+    "RandomConfig": "pairtrace.engine.baselines.simple",
     "ScoreConfig": "pairtrace.engine.score",
     "TrainConfig": "pairtrace.engine.training.config",
     "build_behavior": "pairtrace.engine.behavior",
@@ -71,7 +93,12 @@ _HOMES = {
     "extract": "pairtrace.engine.extract",
     "open_pairs": "pairtrace.engine.pairs",
     "plan": "pairtrace.engine.plan",
+    "read_costs": "pairtrace.engine.cost",
     "score": "pairtrace.engine.score",
+    "score_by_judge": "pairtrace.engine.baselines.judge",
+    "score_length": "pairtrace.engine.baselines.simple",
+    "score_margin": "pairtrace.engine.baselines.margin",
+    "score_random": "pairtrace.engine.baselines.simple",
     "sources": "pairtrace.engine.ranking",
     "top": "pairtrace.engine.ranking",
     "train": "pairtrace.engine.training.train",
