@@ -180,6 +180,11 @@ class Evaluation:
                     lines.append(
                         f"    {name:<{max(map(len, names))}}  {_rate_text(rate)}{self._against(model, group, metric)}"
                     )
+            lines += [
+                f"  {name}: {found.cut} of {found.responses} responses cut at the limit of tokens"
+                for name, found in zip(names, (model.groups[position] for model in self.models), strict=True)
+                if found.cut
+            ]
         for name, model in zip(names, self.models, strict=True):
             lines += _model_lines(name, model)
         if self.missing_verdicts:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -364,6 +365,8 @@ def test_the_command(finished: tuple[Path, dict[str, Any]], models: tuple[str, s
     assert shown.exit_code == 0, shown.output
     assert "benign / plain: 2 requests" in shown.output
     assert "helpful is a proxy" in shown.output
+    cut = sum(int(found) for found in re.findall(r"(\d+) of \d+ responses cut", shown.output))
+    assert cut == [row["finished"] for row in pq.read_table(rollouts).to_pylist()].count(False) > 0
     result = CliRunner().invoke(app, [*arguments, "--json"])
     assert json.loads(result.stdout)["missing_verdicts"] == finished[1]["missing_verdicts"]
     missing = CliRunner().invoke(app, ["evaluate", prompts, str(tmp_path / "nothing")])
