@@ -18,13 +18,13 @@ from pairtrace.engine.cost import CostMeter
 from pairtrace.engine.progress import Progress
 from pairtrace.engine.training.batches import StepBatches
 from pairtrace.engine.training.config import SCHEDULERS, TrainConfig
+from pairtrace.engine.training.cpu_head import head_for_cpu
 from pairtrace.engine.training.job import Job
 from pairtrace.engine.training.operations import Operations
 from pairtrace.engine.training.pair_trainer import (
     PairTrainer,
     ProgressCallback,
     drop_attention_mask,
-    head_for_cpu,
     quiet_libraries,
 )
 from pairtrace.engine.training.reference import ReferenceCache, reference_log_probabilities
@@ -43,6 +43,8 @@ _REFERENCE_TOKENS = {"cpu": 4096, "cuda": 32_768}
 _LARGE_MODEL = 1_000_000_000
 # Twenty entries of the log or more, every tenth step at the least.
 _LOG_ENTRIES, _LOG_EVERY = 20, 10
+# What is kept of the trainer's log: its other figures are not measured on every device.
+_LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "rewards/", "logps/")
 _DROPPED_SHOWN = 3
 
 
@@ -95,7 +97,11 @@ def run_dpo(job: Job, directory: RunDirectory, progress: Progress) -> Outcome:
             dtype=resolve_dtype(job.config.save_dtype, stored),
             merge=job.config.merge,
         )
-    log = [entry for entry in trainer.state.log_history if "loss" in entry]
+    log = [
+        {name: value for name, value in entry.items() if name.startswith(_LOGGED)}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]
     figures = {
         "rows": job.source.rows,
         "trained": len(rows.pairs),

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import trl.trainer.utils
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -186,29 +185,6 @@ def drop_attention_mask(model: Any) -> None:
         return arguments, {**keywords, "attention_mask": None}
 
     model.base_model.register_forward_pre_hook(drop, with_kwargs=True)
-
-
-@contextmanager
-def head_for_cpu(vocabulary: int, device: torch.device) -> Iterator[None]:
-    """On a CPU let TRL's LM head score the response tokens only, in a buffer no wider than the vocabulary.
-
-    TRL does so on GPUs. Elsewhere it scores prompt and padding too, in a buffer of 4,096 x 32,768 numbers. The values
-    are the same.
-    """
-    module = trl.trainer.utils
-    changed: dict[str, Any] = {"_use_triton": lambda _: True, "_CHUNKED_LOGPROB_CHUNK_SIZE": min(vocabulary, 32_768)}
-    # With other names in another version of TRL it stays as it is: slower, and right.
-    if device.type != "cpu" or not all(hasattr(module, name) for name in changed):
-        yield
-        return
-    before = {name: getattr(module, name) for name in changed}
-    try:
-        for name, value in changed.items():
-            setattr(module, name, value)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(module, name, value)
 
 
 @contextmanager
