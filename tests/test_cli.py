@@ -22,8 +22,11 @@ from tests.models import HH, make_model, make_tokenizer
 README = Path(__file__).resolve().parents[1] / "README.md"
 COMMANDS = [
     *("extract", "plan", "behavior", "score", "top", "sources", "edit", "restore", "demo", "version"),
+    *("diagnose", "train", "evaluate", "cost"),
     *("store info", "store verify", "store convert"),
+    *("baseline random", "baseline length", "baseline margin", "baseline judge", "baseline gradient"),
 ]
+GROUPS = ("store", "baseline")
 
 
 def run(*arguments: object) -> Result:
@@ -57,8 +60,9 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_list_of_commands_is_complete() -> None:
     listed = re.findall(r"^  (\w+)  ", run("--help").stdout, re.M)
-    listed += [f"store {name}" for name in re.findall(r"^  (\w+)  ", run("store", "--help").stdout, re.M)]
-    assert sorted(name for name in listed if name != "store") == sorted(COMMANDS)
+    for group in GROUPS:
+        listed += [f"{group} {name}" for name in re.findall(r"^  (\w+)  ", run(group, "--help").stdout, re.M)]
+    assert sorted(name for name in listed if name not in GROUPS) == sorted(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -118,6 +122,7 @@ def test_wrong_usage_is_exit_code_two(arguments: list[str]) -> None:
         (["edit", "d.jsonl", "nowhere.parquet", "--swap", "-k", "1", "--out", "o.parquet"], "nowhere.parquet"),
         (["restore", "nowhere.parquet", "--out", "o.parquet"], "nowhere"),
         (["plan", "nowhere.jsonl", "--model", "M0", "--layers", "1"], "nowhere.jsonl"),
+        (["cost", "nowhere.parquet"], "nowhere.costs.jsonl"),
         (["behavior", "nowhere.yaml", "--base", "M0", "--tuned", "M0", "--out", "b.safetensors"], "nowhere.yaml"),
     ],
 )
@@ -174,6 +179,24 @@ def test_the_whole_job(model: Path, tuned: Path, tmp_path: Path) -> None:
     plan = summary("plan", HH, "--model", model, "--layers", "4", "--limit", 60, "--sample", 0, "--max-length", 300)
     assert plan["rows"] == 60 and plan["store_bytes"] > 0
     assert plan["pairtrace"]["tokens"]["value"] >= figures["tokens"]
+
+    columns = {}
+    for method, options in (
+        ("random", ["--seed", 3]),
+        ("length", []),
+        ("margin", ["--tuned", tuned, "--device", "cpu", "--beta", 0.5]),
+    ):
+        columns[method] = tmp_path / f"{method}.parquet"
+        made = summary("baseline", method, store, "--out", columns[method], *options)
+        assert made["scored"] == figures["ok"] and made["behaviors"] == [method]
+        assert len(summary("top", columns[method], "-k", 3)["pairs"]) == 6
+    costs = summary("cost", store, direction, scores, *columns.values(), "--gpu-hour", 3.0)["costs"]
+    lines = {(line["method"], line["stage"]): line for line in costs}
+    assert {("activation", "extract"), ("activation", "score"), ("margin", "total")} < lines.keys()
+    extraction = lines["activation", "extract"]
+    assert extraction["runs"] == 2 and extraction["model_tokens"] == figures["tokens"]
+    assert extraction["money"] == pytest.approx(extraction["device_seconds"] / 1200)
+    assert re.search(r"margin +total +2 ", run("cost", columns["margin"]).stdout)
 
     edited, restored = tmp_path / "edited.parquet", tmp_path / "restored.parquet"
     edit = summary("edit", HH, scores, "--filter", "-k", 4, "--out", edited)
