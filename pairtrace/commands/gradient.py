@@ -30,6 +30,9 @@ def _gradient(
     max_base_rate: Annotated[
         float, typer.Option(help="Of --rollouts: rate of the behaviour allowed in the other conditions.")
     ] = 0.0,
+    target_mean: Annotated[
+        str | None, typer.Option(help="Of target directions or gradients [default: directions; tracin gradients].")
+    ] = None,
     target_limit: Annotated[int | None, typer.Option(help="At most this many target pairs [default: all].")] = None,
     name: BaselineName = "gradient",
     work: Annotated[

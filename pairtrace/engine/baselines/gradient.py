@@ -202,7 +202,7 @@ class _Run:
 
     def target_file(self, number: int) -> str:
         """Of the mean target gradient at a checkpoint."""
-        return f"targets/{self.target.fingerprint[:16]}-{number}.safetensors"
+        return f"targets/{self.config.target_mean}-{self.target.fingerprint[:16]}-{number}.safetensors"
 
     def targets(self) -> None:
         """Mean gradient of the target pairs at each checkpoint; plain gradients, as LESS has it."""
@@ -214,9 +214,10 @@ class _Run:
             self.progress.start("target gradients", len(missing) * len(pairs), "pairs")
             computer = self.computer(meter)
             references = computer.references(pairs)
+            reduce = partial(summed_rows, unit=self.config.target_mean == "directions")
             for number, _ in self.checkpoints(missing):
                 total, count = torch.zeros(self.model.size, device=self.model.device), 0
-                for members, part in computer.reduced(pairs, references, _finite_sum):
+                for members, part in computer.reduced(pairs, references, reduce):
                     if part is not None:
                         total += part
                         count += len(members)
@@ -236,7 +237,11 @@ class _Run:
 
     def shard_file(self, number: int, shard: int) -> str:
         """Of the rows of a shard at a checkpoint."""
-        kind = "gradients" if self.projection is not None else f"products/{self.target.fingerprint[:16]}"
+        kind = (
+            "gradients"
+            if self.projection is not None
+            else f"products/{self.config.target_mean}-{self.target.fingerprint[:16]}"
+        )
         return f"{kind}/checkpoint-{number}/shard-{shard:05d}.npy"
 
     def gradients(self) -> None:
@@ -309,7 +314,7 @@ class _Run:
             scores = np.zeros(self.pairs.store.rows)
             for number in numbers:
                 scores += weights[number] * self._similarities(number)
-            method = {**config.gradient_settings, "score": config.score}
+            method = {**config.gradient_settings, "score": config.score, "target_mean": config.target_mean}
             details = {
                 **method,
                 "target": config.rollouts or config.target,
@@ -358,9 +363,3 @@ class _Run:
         length = float(np.sqrt(sum(float(value.double().square().sum()) for value in target.values())))
         with np.errstate(divide="ignore", invalid="ignore"):
             return products[:, 0] / (products[:, 1] * length)
-
-
-def _finite_sum(parts: Parts) -> Tensor | None:
-    """Sum of a batch's gradients, [P]; None when a pair of the batch has one that is not finite."""
-    total = summed_rows(parts)
-    return total if bool(torch.isfinite(total).all()) else None

@@ -28,7 +28,7 @@ from pairtrace.engine.rendered import RenderedPair
 logger = logging.getLogger(__name__)
 
 # Padded tokens. Small batches keep a CPU's caches warm; on a GPU the logits of a large vocabulary set the limit.
-DEFAULT_TOKEN_BUDGET = {"cpu": 2048, "cuda": 16384}
+DEFAULT_TOKEN_BUDGET = {"cpu": 4096, "cuda": 16384}
 
 Reduce = Callable[[Parts], Tensor | None]
 
@@ -132,4 +132,4 @@ class PairGradients:
 
 def default_budget(model: LoraModel, token_budget: int | None) -> int:
     """Padded tokens per batch: what was given, or the device's default."""
-    return token_budget or DEFAULT_TOKEN_BUDGET.get(model.device.type, 2048)
+    return token_budget or DEFAULT_TOKEN_BUDGET.get(model.device.type, DEFAULT_TOKEN_BUDGET["cpu"])

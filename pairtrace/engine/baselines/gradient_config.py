@@ -19,6 +19,7 @@ _CHOICES = {
     "procedure": ("batched", "published"),
     "score": ("cosine", "tracin"),
     "preconditioner": ("adam", "none"),
+    "target_mean": ("directions", "gradients"),
 }
 
 
@@ -34,6 +35,9 @@ class GradientConfig:
             chosen, a safe one of M0 rejected.
         label_column: column of `rollouts` with the verdicts.
         max_base_rate: see `filter_scenarios`.
+        target_mean: "directions" (each target gradient is divided by its norm first, so that scores at a checkpoint are
+            in proportion to the mean cosine with the target pairs, as in the code of LESS) or "gradients" (their plain
+            mean, as in its text, and for TracIn); None is "directions" for cosine and "gradients" for TracIn.
         target_limit: at most this many target pairs, drawn by `seed`; None for all.
         name: of the behaviour in the scores file.
         work: directory of checkpoints and gradients, which another target can reuse; None for `{out stem}.gradients`
@@ -65,6 +69,7 @@ class GradientConfig:
     rollouts: str | None = None
     label_column: str | None = None
     max_base_rate: float = 0.0
+    target_mean: Literal["directions", "gradients"] | None = None
     target_limit: int | None = None
     name: str = "gradient"
     work: str | None = None
@@ -93,17 +98,20 @@ class GradientConfig:
         tracin = self.score == "tracin"
         if self.preconditioner is None:
             object.__setattr__(self, "preconditioner", "none" if tracin else "adam")
+        if self.target_mean is None:
+            object.__setattr__(self, "target_mean", "gradients" if tracin else "directions")
         if self.projection is None:
             object.__setattr__(self, "projection", 0 if tracin else 8192)
         if (self.target is None) == (self.rollouts is None):
             raise ConfigError("expected exactly one of --target (preference pairs) and --rollouts (of a behaviour)")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise ConfigError(f"--{name} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
-        if tracin and (self.projection, self.preconditioner) != (0, "none"):
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} is {getattr(self, name)!r}; expected {' or '.join(allowed)}")
+        if tracin and (self.projection, self.preconditioner, self.target_mean) != (0, "none", "gradients"):
             raise ConfigError(
-                "--score tracin is the unprojected dot product of plain gradients; leave out --projection and "
-                "--preconditioner"
+                "--score tracin is the unprojected dot product of plain gradients; leave out --projection, "
+                "--preconditioner and --target-mean"
             )
         self._check_numbers()
 

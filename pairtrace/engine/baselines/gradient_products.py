@@ -64,6 +64,16 @@ def target_products(parts: Parts, target: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([dots, squares.sqrt()], dim=1)
 
 
-def summed_rows(parts: Parts) -> Tensor:
-    """Sum of the gradients of a batch, float32 [P]."""
-    return torch.cat([gradients.sum(dim=0) for _, gradients in parts])
+def summed_rows(parts: Parts, *, unit: bool) -> Tensor | None:
+    """Sum of the gradients of a batch, float32 [P]; None when one of them is not finite, or zero and `unit`.
+
+    Args:
+        parts: of the pairs; with `unit` those of a batch are in memory together, B P numbers.
+        unit: each divided by its own norm first.
+    """
+    if unit:
+        gradients = torch.cat([part for _, part in parts], dim=1)
+        total = (gradients / torch.linalg.vector_norm(gradients, dim=1, keepdim=True)).sum(dim=0)
+    else:
+        total = torch.cat([part.sum(dim=0) for _, part in parts])
+    return total if bool(torch.isfinite(total).all()) else None

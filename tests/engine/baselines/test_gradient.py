@@ -119,7 +119,9 @@ def explicit(made: dict[str, Path], config: GradientConfig) -> dict[str, np.ndar
         tracin[each.row] = less[each.row] = 0.0
     for number in range(config.checkpoints):
         saved = Checkpoint.load(work, number)
-        wanted = np.mean([plain.gradient(each, saved.adapter, BETA, False) for each in target.pairs], axis=0)
+        targets = [plain.gradient(each, saved.adapter, BETA, False) for each in target.pairs]
+        wanted = np.mean(targets, axis=0)
+        mean_direction = np.mean([each / np.linalg.norm(each) for each in targets], axis=0)
         first, second = (
             np.concatenate([moments[name].double().numpy().ravel() for name in saved.adapter])
             for moments in (saved.first, saved.second)
@@ -129,23 +131,24 @@ def explicit(made: dict[str, Path], config: GradientConfig) -> dict[str, np.ndar
             gradient = plain.gradient(each, saved.adapter, BETA, False)
             tracin[each.row] += saved.learning_rate * gradient @ wanted
             direction = (0.9 * first + 0.1 * gradient) / np.sqrt(0.999 * second + 0.001 * gradient**2 + 1e-8)
-            cosine = direction @ wanted / np.linalg.norm(direction) / np.linalg.norm(wanted)
+            cosine = direction @ mean_direction / np.linalg.norm(direction) / np.linalg.norm(mean_direction)
             less[each.row] += saved.learning_rate * cosine
     return {"tracin": tracin, "less": less / rates}
 
 
-def test_tracin_is_the_explicit_sum_and_less_the_explicit_mean(made: dict[str, Path], tmp_path: Path) -> None:
+def test_tracin_is_the_explicit_sum_and_less_the_explicit_mean(
+    batched: Path, made: dict[str, Path], tmp_path: Path
+) -> None:
     tracin = settings(made, tmp_path / "t.parquet", score="tracin", projection=None)
     assert (tracin.projection, tracin.preconditioner) == (0, "none")
     gradient_baseline(tracin)
     expected = explicit(made, tracin)
     size = np.nanmax(np.abs(expected["tracin"]))
     np.testing.assert_allclose(scores(tmp_path / "t.parquet"), expected["tracin"], rtol=1e-3, atol=1e-4 * size)
-    # A sum over the last checkpoint alone, or without the learning rates, would be another.
     gradient_baseline(settings(made, tmp_path / "c.parquet", projection=0))
     np.testing.assert_allclose(scores(tmp_path / "c.parquet"), expected["less"], atol=1e-3)
-    gradient_baseline(settings(made, tmp_path / "p.parquet", projection=8192))
-    np.testing.assert_allclose(scores(tmp_path / "p.parquet"), expected["less"], atol=0.05)
+    # Cosines of projections to 512 dimensions: a standard deviation of at most sqrt(2 / 512) = 0.06.
+    assert np.nanstd(scores(batched) - expected["less"]) < 0.08
 
 
 def test_the_adapter_learns_in_the_warm_up(batched: Path, made: dict[str, Path]) -> None:
@@ -287,6 +290,8 @@ def test_warm_up_rows_are_usable_and_drawn_once() -> None:
         ({"projection": 7}, "multiple of 4"),
         ({"score": "tracin"}, "leave out --projection"),
         ({"score": "tracin", "projection": None, "preconditioner": "adam"}, "leave out --projection"),
+        ({"score": "tracin", "projection": None, "target_mean": "directions"}, "leave out --projection"),
+        ({"target_mean": "median"}, "--target-mean is 'median'"),
         ({"checkpoints": 0}, "--checkpoints is 0"),
         ({"warmup_share": 0.0}, "--warmup-share is 0.0"),
         ({"beta": float("nan")}, "--beta is nan"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from pairtrace.engine.baselines.gradient_products import projected_rows, target_products
+from pairtrace.engine.baselines.gradient_products import projected_rows, summed_rows, target_products
 from pairtrace.engine.baselines.gradient_projection import SparseProjection, splitmix64
 
 COORDINATES, SIZE = 20_000, 1024
@@ -101,3 +101,20 @@ def test_products_are_the_dot_product_and_the_length() -> None:
     found = target_products(iter((("a", given[:3, :9000]), ("b", given[:3, 9000:]))), target)
     np.testing.assert_allclose(found[:, 0], (given[:3].double() @ given[3].double()).numpy(), atol=1e-6)
     np.testing.assert_allclose(found[:, 1], given[:3].double().norm(dim=1).numpy(), atol=1e-6)
+
+
+def test_sums_of_gradients_and_of_their_directions() -> None:
+    given = vectors(3) * torch.tensor([[1.0], [20.0], [0.1]])
+
+    def parts(values: torch.Tensor):
+        yield "a", values[:, :9000]
+        yield "b", values[:, 9000:]
+
+    plain, unit = summed_rows(parts(given), unit=False), summed_rows(parts(given), unit=True)
+    assert plain is not None and unit is not None
+    torch.testing.assert_close(plain, given.sum(dim=0))
+    torch.testing.assert_close(unit, vectors(3).sum(dim=0))
+    given[1] = 0.0
+    assert summed_rows(parts(given), unit=True) is None
+    given[1, 12_000] = torch.inf
+    assert summed_rows(parts(given), unit=False) is None
