@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from pairtrace.version import __version__
 
 if TYPE_CHECKING:
+    from pairtrace.engine.baselines.gradient import gradient_baseline
+    from pairtrace.engine.baselines.gradient_config import GradientConfig
     from pairtrace.engine.baselines.judge import score_by_judge
     from pairtrace.engine.baselines.judge_config import JudgeConfig
     from pairtrace.engine.baselines.margin import MarginConfig, score_margin
@@ -42,6 +44,7 @@ __all__ = [
     "DiagnoseConfig",
     "EvaluateConfig",
     "ExtractConfig",
+    "GradientConfig",
     "JudgeConfig",
     "LengthConfig",
     "MarginConfig",
@@ -56,6 +59,7 @@ __all__ = [
     "diagnose",
     "evaluate",
     "extract",
+    "gradient_baseline",
     "open_pairs",
     "plan",
     "read_costs",
@@ -78,6 +82,7 @@ _HOMES = {
     "DiagnoseConfig": "pairtrace.engine.diagnosis.config",
     "EvaluateConfig": "pairtrace.engine.evaluation.config",
     "ExtractConfig": "pairtrace.engine.extract",
+    "GradientConfig": "pairtrace.engine.baselines.gradient_config",
     "JudgeConfig": "pairtrace.engine.baselines.judge_config",
     "LengthConfig": "pairtrace.engine.baselines.simple",
     "MarginConfig": "pairtrace.engine.baselines.margin",
@@ -91,6 +96,7 @@ _HOMES = {
     "diagnose": "pairtrace.engine.diagnosis.diagnose",
     "evaluate": "pairtrace.engine.evaluation.evaluate",
     "extract": "pairtrace.engine.extract",
+    "gradient_baseline": "pairtrace.engine.baselines.gradient",
     "open_pairs": "pairtrace.engine.pairs",
     "plan": "pairtrace.engine.plan",
     "read_costs": "pairtrace.engine.cost",
