@@ -165,10 +165,13 @@ def test_a_baseline_is_mixed_at_most(cases: dict[str, Case], tmp_path: Path) -> 
     even = rng.normal(size=store.rows).astype(np.float32)
     heavy = np.where(np.arange(store.rows) < 60, 9 + even, even).astype(np.float32) + 100
     out = tmp_path / "baseline.parquet"
-    write_baseline(store, out, {"random": even, "heavy": heavy}, method="random", details={})
+    equal = np.full(store.rows, 3, np.float32)
+    write_baseline(store, out, {"random": even, "heavy": heavy, "equal": equal}, method="random", details={})
     case = Case(**{**vars(cases["concentrated"]), "scores": str(out)})
     flat, top = found_for(case, behavior="random"), found_for(case, behavior="heavy")
     assert (flat.verdict, flat.method, top.verdict) == ("diffuse", "random", "mixed")
+    same = found_for(case, behavior="equal")
+    assert same.verdict == "diffuse" and "NaN" not in json.dumps(same.to_dict())
     assert "'random'" in top.likeness.not_measured  # type: ignore[union-attr]
     assert not isinstance(top.length, NotMeasured)
     with pytest.raises(ConfigError, match="--rollouts"):

@@ -132,9 +132,12 @@ def stability(over: str, drawn_from: int, scores: np.ndarray, k: int) -> Stabili
 
 
 def agreement(first: np.ndarray, second: np.ndarray, k: int) -> tuple[float, float]:
-    """Rank correlation and share of the top k in common, of the pairs that have both scores, float [n]."""
+    """Rank correlation and share of the top k in common, of the pairs that have both scores, float [n].
+
+    Scores that do not vary order nothing: their correlation counts as 0.
+    """
     both = np.isfinite(first) & np.isfinite(second)
     one, other = first[both], second[both]
     shared = np.count_nonzero(top_pairs(one, k) & top_pairs(other, k))
     correlation = spearman(one, other)
-    return float("nan") if correlation is None else correlation, shared / min(k, max(1, len(one)))
+    return correlation or 0.0, shared / min(k, max(1, len(one)))

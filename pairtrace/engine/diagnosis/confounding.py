@@ -69,7 +69,7 @@ def top_pairs(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def length_confounding(scores: np.ndarray, differences: np.ndarray, k: int, unit: str) -> LengthConfounding:
-    """Compare scores float [n] with length differences [n]."""
+    """Compare scores float [n] with length differences [n]; k < n."""
     top = top_pairs(scores, k)
     rho = spearman(scores, differences)
     return LengthConfounding(
@@ -78,7 +78,7 @@ def length_confounding(scores: np.ndarray, differences: np.ndarray, k: int, unit
         interval=None if rho is None else _interval(rho, len(scores)),
         top_explained=_beyond_chance(top, differences if (rho or 0) >= 0 else -differences, k),
         top_difference=float(np.median(differences[top])),
-        other_difference=float(np.median(differences[~top])) if k < len(scores) else float("nan"),
+        other_difference=float(np.median(differences[~top])),
     )
 
 
@@ -91,8 +91,6 @@ def _interval(rho: float, count: int) -> tuple[float, float]:
 
 def _beyond_chance(top: np.ndarray, values: np.ndarray, k: int) -> float:
     """Share of the top among the k largest values, beyond chance; values equal to the last one are taken in part."""
-    if k >= len(values):
-        return 0.0
     last = np.partition(values, len(values) - k)[len(values) - k]
     above, at = values > last, values == last
     taken = (k - np.count_nonzero(above)) / np.count_nonzero(at)
