@@ -66,7 +66,7 @@ def data_files() -> list[Path]:
     return [Path(__file__).parents[1] / "examples" / "hh-rlhf-harmless-sample.jsonl.gz"]
 
 
-def trained_tokenizer(rows: list[Pair]) -> Any:
+def trained_tokenizer(rows: list[Pair], vocabulary: int = 16000) -> Any:
     """A byte-level BPE trained on the texts of the rows, with a chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -75,7 +75,7 @@ def trained_tokenizer(rows: list[Pair]) -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=16000,
+        vocab_size=vocabulary,
         special_tokens=["<eos>", "<|im_start|>", "<|im_end|>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,

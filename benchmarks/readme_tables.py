@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from attribution_tables import attribution_table, cost_table
 from speed_tables import cosine_table, gpu_table, reuse_table, score_table, store_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -107,6 +108,8 @@ def measured(name: str, table: Callable[[dict[str, Any]], str]) -> Callable[[], 
 TABLES = {
     "bench_extract": extract_table,
     "bench_organism": organism_table,
+    "bench_attribution": measured("bench_attribution", attribution_table),
+    "bench_cost": measured("bench_cost", cost_table),
     "bench_cosine": measured("bench_cosine", cosine_table),
     "bench_gpu": measured("bench_gpu", gpu_table),
     "bench_score_store": measured("bench_score_store", score_table),

@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,3 +93,84 @@ def test_too_little_disk_is_told_before_anything_is_written(harness: Any, tmp_pa
     ):
         pytest.fail("there is no such disk")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def attribution(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The modules of the attribution benchmark."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = ("arms", "report", "statistics", "tables", "tasks")
+    return SimpleNamespace(**{name: importlib.import_module(f"attribution_{name}") for name in names})
+
+
+def test_rates_are_means_and_their_intervals_cover_the_spread_between_seeds(attribution: Any) -> None:
+    def runs(*shares: float) -> list[list[np.ndarray]]:
+        return [[(np.arange(100) < 100 * share).astype(float) for _ in range(3)] for share in shares]
+
+    found = attribution.statistics.rates({"none": runs(0.6, 0.6, 0.6), "edit": runs(0.0, 0.1, 0.2)}, draws=500)
+    assert found["none"].value == pytest.approx(0.6) and found["edit"].value == pytest.approx(0.1)
+    narrow, wide = (found[name].interval for name in ("none", "edit"))
+    assert narrow[1] - narrow[0] == pytest.approx(2 * 1.96 * (0.24 / 300) ** 0.5, rel=0.3), "prompts of three seeds"
+    assert wide[0] < 0.04 and wide[1] > 0.16, "seeds as well"
+    reduction = found["edit"].reduction_from(found["none"])
+    assert reduction.value == pytest.approx(1 - 0.1 / 0.6)
+    assert reduction.interval[0] < reduction.value < reduction.interval[1]
+    assert np.isnan(found["edit"].reduction_from(found["none"].minus(found["none"])).value)
+
+
+def test_missing_verdicts_are_left_out_of_a_rate(attribution: Any) -> None:
+    letters = attribution.report.letters
+    found = attribution.statistics.rates({"none": [[letters("11?0")], [letters("?1?0")]]}, draws=50)
+    assert found["none"].value == pytest.approx(3 / 5)
+
+
+def test_a_ranking_is_compared_over_the_same_resampled_pairs(attribution: Any) -> None:
+    rng = np.random.default_rng(0)
+    kinds = [np.repeat(["planted", "over_refusal", "other"], [20, 30, 150]) for _ in range(3)]
+    good = [(kind == "planted") + 0.4 * rng.standard_normal(200) for kind in kinds]
+    found = attribution.statistics.ranking_quality(
+        {"good": good, "same": good, "chance": [rng.standard_normal(200) for _ in kinds]}, kinds, draws=60
+    )
+    gap = found["good"]["precision_at_k"].minus(found["chance"]["precision_at_k"])
+    assert gap.interval[0] > 0.3
+    assert found["good"]["precision_at_k"].minus(found["same"]["precision_at_k"]).interval == (0.0, 0.0)
+    low, high = found["good"]["roc_auc"].interval
+    assert low < found["good"]["roc_auc"].value < high <= 1
+
+
+def _tasks(attribution: Any, **changed: Any) -> list[Any]:
+    task = attribution.tasks.Task
+    return [
+        task(name="a/first", function="task_functions:double", arguments={"number": 3, **changed}),
+        task(name="a/second", function="task_functions:add", needs=("a/first",)),
+        task(name="b/broken", function="task_functions:fail"),
+        task(name="b/never", function="task_functions:add", needs=("b/broken",)),
+    ]
+
+
+def test_tasks_run_once_and_a_failed_one_stops_only_those_that_need_it(
+    attribution: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "task_functions.py").write_text(
+        "def double(work, needs, *, number):\n    return {'value': 2 * number}\n"
+        "def add(work, needs):\n    return {'value': 1 + sum(one['value'] for one in needs.values())}\n"
+        "def fail(work, needs):\n    raise ValueError('broken')\n"
+    )
+    run, work = attribution.tasks.run_tasks, tmp_path / "work"
+    done, failed = run(_tasks(attribution), work, 1)
+    assert {name: one["result"] for name, one in done.items()} == {"a/first": {"value": 6}, "a/second": {"value": 7}}
+    assert failed == ["b/broken", "b/never"]
+    before = {path: path.stat().st_mtime_ns for path in work.rglob("*.json")}
+    run(_tasks(attribution)[:2], work, 1)
+    assert before == {path: path.stat().st_mtime_ns for path in work.rglob("*.json")}, "finished tasks are kept"
+    done, _ = run(_tasks(attribution, number=4)[:2], work, 1)
+    assert done["a/second"]["result"] == {"value": 9}, "other arguments reach all that depends on them"
+
+
+def test_arms_know_their_control(attribution: Any) -> None:
+    arm = attribution.arms.Arm
+    assert arm(method="none").name == "none"
+    half = arm(method="pairtrace", action="filter", size="k/2")
+    assert (half.name, half.control) == ("pairtrace filter k over 2", "random filter k over 2")
+    assert arm(method="pairtrace", action="drop-sources").control == "random filter sources"

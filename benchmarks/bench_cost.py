@@ -1,0 +1,233 @@
+"""What attribution costs: activations against gradients, on the same pairs, at three sizes of the model.
+
+    python benchmarks/bench_cost.py            # one thread; half an hour
+    python benchmarks/bench_cost.py --quick    # a few pairs, the smallest model
+
+pairtrace extracts activations at 20/32 of the depth, as published (arXiv 2602.11079), and scores them; a second row
+reads the last layer. The gradient baseline is LESS for DPO in two forms: batched with one checkpoint, and the published
+procedure, one pair at a time with four checkpoints. Weights are random, tokenizers are trained on the spot: nothing is
+downloaded. What serves all pairs alike is left out on both sides: rollouts of the behaviour, gradients of the target.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from attribution_tables import cost_table
+from bench_extract import data_files, first_pairs, trained_tokenizer
+from harness import Timing, at_least, parser, record, say, workspace
+
+from pairtrace.engine.baselines.gradient import gradient_baseline
+from pairtrace.engine.baselines.gradient_config import GradientConfig
+from pairtrace.engine.checkpoint import quiet_transformers
+from pairtrace.engine.cost import CostRecord, Prices, costs_path, read_costs
+from pairtrace.engine.directions import Direction, save_directions
+from pairtrace.engine.extract import ExtractConfig, extract
+from pairtrace.engine.score import ScoreConfig, score
+
+# Of an hour of one core, in dollars.
+CORE_HOUR = 0.05
+MAX_LENGTH = 512
+TARGET_PAIRS = 4
+OURS, OURS_LAST, BATCHED, PUBLISHED = "pairtrace", "pairtrace, last layer", "gradient, batched", "gradient, published"
+_SHARED_STAGES = ("target",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """A model and how many pairs go through it.
+
+    Attributes:
+        layer: 20/32 of the blocks, rounded up.
+        pairs: of every method.
+    """
+
+    hidden: int
+    intermediate: int
+    blocks: int
+    heads: int
+    vocabulary: int
+    layer: int
+    pairs: int
+
+
+SIZES = {
+    "olmo2-1m": Size(hidden=128, intermediate=320, blocks=4, heads=4, vocabulary=1000, layer=3, pairs=256),
+    "olmo2-14m": Size(hidden=256, intermediate=1280, blocks=8, heads=8, vocabulary=8000, layer=5, pairs=64),
+    "olmo2-69m": Size(hidden=512, intermediate=2048, blocks=8, heads=8, vocabulary=16000, layer=5, pairs=24),
+}
+
+
+def make_checkpoint(folder: Path, size: Size) -> int:
+    """A model with random weights and a tokenizer for the data; returns its parameters."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    rows = [pair for path in data_files() for pair in first_pairs(path)]
+    tokenizer = trained_tokenizer(rows, size.vocabulary)
+    config = AutoConfig.for_model(
+        "olmo2",
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.blocks,
+        num_attention_heads=size.heads,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=1024,
+        tie_word_embeddings=size.hidden < 256,  # as in the organism
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    torch.manual_seed(0)
+    with quiet_transformers():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return int(model.num_parameters())
+
+
+def make_data(path: Path, count: int, skip: int) -> None:
+    """Rows of the data files in equal parts, from row `skip` of each on."""
+    files = data_files()
+    with path.open("w", encoding="utf-8") as stream:
+        for one in files:
+            for pair in first_pairs(one)[skip : skip + count // len(files)]:
+                texts = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+                stream.write(json.dumps(texts) + "\n")
+
+
+class Competitors:
+    """The methods on one model; each call works from nothing in a folder of its own and leaves cost records."""
+
+    def __init__(self, folder: Path, size: Size) -> None:
+        self.folder, self.size = folder, size
+        self.model = folder / "model"
+        self.parameters = make_checkpoint(self.model, size)
+        self.data, self.target = folder / "pairs.jsonl", folder / "target.jsonl"
+        make_data(self.data, size.pairs, skip=TARGET_PAIRS)
+        make_data(self.target, TARGET_PAIRS, skip=0)
+        self.store = folder / "kept" / "acts.zarr"
+        self._extract(self.store, size.layer)
+
+    def _extract(self, store: Path, layer: int) -> None:
+        store.parent.mkdir(parents=True)
+        config = ExtractConfig(
+            data=str(self.data),
+            model=str(self.model),
+            layers=(layer,),
+            store=str(store),
+            max_length=MAX_LENGTH,
+            device="cpu",
+        )
+        extract(config)
+
+    def activation(self, folder: Path, layer: int) -> list[CostRecord]:
+        store, direction, out = folder / "acts.zarr", folder / "direction.safetensors", folder / "scores.parquet"
+        self._extract(store, layer)
+        values = np.random.default_rng(0).standard_normal((1, self.size.hidden), dtype=np.float32)
+        save_directions(
+            direction, [Direction(name="behavior", layer=layer, values=values, kind="vector", origin="random")], {}
+        )
+        score(ScoreConfig(store=str(store), directions=(str(direction),), out=str(out)))
+        return read_costs(costs_path(store)) + read_costs(costs_path(out))
+
+    def gradient(self, folder: Path, procedure: Any, checkpoints: int) -> list[CostRecord]:
+        out = folder / "scores.parquet"
+        config = GradientConfig(
+            store=str(self.store),
+            out=str(out),
+            target=str(self.target),
+            procedure=procedure,
+            checkpoints=checkpoints,
+            device="cpu",
+        )
+        gradient_baseline(config)
+        return read_costs(costs_path(out))
+
+    def runs(self) -> dict[str, Callable[[Path], list[CostRecord]]]:
+        return {
+            OURS: lambda folder: self.activation(folder, self.size.layer),
+            OURS_LAST: lambda folder: self.activation(folder, self.size.blocks),
+            BATCHED: lambda folder: self.gradient(folder, "batched", 1),
+            PUBLISHED: lambda folder: self.gradient(folder, "published", 4),
+        }
+
+
+def measure(folder: Path, size: Size, rounds: int) -> dict[str, Any]:
+    """All methods in turn, several times over."""
+    competitors = Competitors(folder, size)
+    seconds: dict[str, list[float]] = {}
+    last: dict[str, list[CostRecord]] = {}
+    for number in range(rounds):
+        for place, (name, run) in enumerate(competitors.runs().items()):
+            records = run(folder / f"round-{number}-{place}")
+            last[name] = [one for one in records if one.stage not in _SHARED_STAGES]
+            seconds.setdefault(name, []).append(sum(one.device_seconds for one in last[name]))
+            say(f"  round {number + 1}/{rounds}  {name}: {seconds[name][-1]:.2f} s")
+    timings = {name: Timing.of(runs) for name, runs in seconds.items()}
+    flops = {name: sum(one.flops for one in records) for name, records in last.items()}
+    price = Prices(gpu_hour=CORE_HOUR)
+    return {
+        "parameters": competitors.parameters,
+        "layer": size.layer,
+        "blocks": size.blocks,
+        "methods": {
+            name: {
+                "pairs": size.pairs,
+                "runs": timing.runs,
+                "seconds_per_pair": timing.median / size.pairs,
+                "lowest": timing.lowest / size.pairs,
+                "highest": timing.highest / size.pairs,
+                "wall_seconds": sum(one.wall_seconds for one in last[name]),
+                "seconds_by_stage": {one.stage: one.device_seconds for one in last[name]},
+                "model_tokens": sum(one.model_tokens for one in last[name]),
+                "flops_per_pair": flops[name] / size.pairs,
+                "money_per_pair": sum(one.money(price) for one in last[name]) / size.pairs,
+                "peak_memory_bytes": max(one.peak_memory_bytes for one in last[name]),
+                "times": timing.over(timings[OURS]),
+                "times_flops": flops[name] / flops[OURS],
+            }
+            for name, timing in timings.items()
+        },
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("--dir", type=Path, default=None, help="where the temporary files go [default: the system's]")
+    options.add_argument("--rounds", type=int, default=None, help="[default: 3]")
+    chosen = options.parse_args(arguments)
+    torch.set_num_threads(1)
+    rounds = chosen.rounds or (1 if chosen.quick else 3)
+    results: dict[str, Any] = {}
+    with workspace(chosen.dir, need=1 << 30) as folder:
+        for name, size in list(SIZES.items())[: 1 if chosen.quick else None]:
+            say(name)
+            fewer = Size(**{**vars(size), "pairs": 8}) if chosen.quick else size
+            (folder / name).mkdir()
+            results[name] = measure(folder / name, fewer, rounds)
+    claims = []
+    for name, one in results.items():
+        claims.append(at_least(f"{name}: cheaper than the published gradient", one["methods"][PUBLISHED]["times"], 30))
+        claims.append(at_least(f"{name}: cheaper than the batched gradient", one["methods"][BATCHED]["times"], 5))
+    workload = {
+        "data": [path.name for path in data_files()],
+        "max_length": MAX_LENGTH,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "core_hour": CORE_HOUR,
+        "note": "Warm-up counts, the rollouts of a behaviour and the gradients of a target do not.",
+    }
+    content = record("bench_cost", chosen, workload=workload, results=results, claims=claims)
+    print(cost_table(content))
+
+
+if __name__ == "__main__":
+    main()
