@@ -82,6 +82,9 @@ def _judge(
     timeout: Annotated[float, typer.Option(help="Seconds for one answer.")] = 120.0,
     attempts: Annotated[int, typer.Option(help="How often a question is asked that fails for a passing reason.")] = 5,
     max_failures: Annotated[int, typer.Option(help="Questions in a row without an answer before giving up.")] = 8,
+    ask_again: Annotated[
+        bool, typer.Option("--ask-again", help="Ask again where an earlier run was answered without a verdict.")
+    ] = False,
     request: Annotated[
         str | None,
         typer.Option(

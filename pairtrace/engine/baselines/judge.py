@@ -27,7 +27,7 @@ from pairtrace.engine.cost import API, CostMeter, costs_path
 from pairtrace.engine.journal import Journal
 from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
-from pairtrace.errors import DataFormatError
+from pairtrace.errors import DataFormatError, JudgeError
 from pairtrace.store.layout import OK
 from pairtrace.store.reader import ActivationStore
 
@@ -35,6 +35,8 @@ logger = logging.getLogger(__name__)
 
 # Seconds of verdicts that a power cut may cost.
 _SYNC_SECONDS = 2.0
+# Answers without a single verdict after which the server is taken to ignore the schema, before all of them are paid.
+_TRIAL_ANSWERS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,10 +72,11 @@ def score_by_judge(config: JudgeConfig, progress: Progress = NULL_PROGRESS) -> J
     """Have every response of a store rated and write the scores file.
 
     A response without a verdict leaves its pair without a score. What got no answer at all is asked again by the next
-    run of the same command; verdicts, and answers without one, are not.
+    run of the same command; verdicts, and (but for `ask_again`) answers without one, are not.
 
     Raises:
-        JudgeError: the server cannot be reached any more, or refuses every question; what it answered is kept.
+        JudgeError: the server cannot be reached any more, refuses every question, or gives answers but no verdict; what
+            it answered is kept.
         StoreError: the store cannot be read or is incomplete.
         DataError: the data is not there or is not that of the store, or the journal is damaged.
         ConfigError: an option cannot be used, or a file cannot be written.
@@ -92,6 +95,8 @@ def score_by_judge(config: JudgeConfig, progress: Progress = NULL_PROGRESS) -> J
         ) as meter,
     ):
         judging = _Judging(client, rubric, journal, meter, progress)
+        if config.ask_again:
+            judging.forget_missing()
         if judging.verdicts:
             logger.info("%s: %d verdicts are there already", path, len(judging.verdicts))
         progress.start("judge", 2 * int(usable.sum()), "responses")
@@ -135,6 +140,11 @@ class _Judging:
         self._progress = progress
         self._pending: dict[Future[Verdict], str] = {}
 
+    def forget_missing(self) -> None:
+        """Ask again where an earlier run was answered without a verdict."""
+        self.verdicts = {key: verdict for key, verdict in self.verdicts.items() if verdict.score is not None}
+        self._known = frozenset(self.verdicts)
+
     def run(self, source: PairSource, usable: np.ndarray, concurrency: int) -> np.ndarray:
         """Ask about both responses of every usable pair; returns their keys, bytes [N, 2]."""
         keys = np.zeros((len(usable), 2), dtype="S32")
@@ -174,6 +184,13 @@ class _Judging:
         for future in done:
             if (error := future.exception()) is not None:
                 raise error
+        if self.asked >= _TRIAL_ANSWERS and all(verdict.score is None for verdict in self.verdicts.values()):
+            reasons = Counter(verdict.reason for verdict in self.verdicts.values())
+            raise JudgeError(
+                f"none of the {self.asked} answers of {self._client.address} holds a verdict "
+                f"({', '.join(f'{count} {reason}' for reason, count in reasons.most_common())}); the server seems to "
+                "ignore the JSON schema in response_format. After a change of the server run again with --ask-again"
+            )
 
     def _keep(self, futures: Any) -> None:
         entries = []

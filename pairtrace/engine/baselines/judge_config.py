@@ -31,6 +31,7 @@ class JudgeConfig:
         timeout: seconds for one answer.
         attempts: how often a question is asked that fails for a passing reason.
         max_failures: questions in a row without an answer after which the server is given up.
+        ask_again: ask again where an earlier run was answered without a verdict, after the server was changed.
         settings: entries of the request that are added, replaced or (None) taken out, see `Rubric`.
         name: of the score column.
     """
@@ -47,6 +48,7 @@ class JudgeConfig:
     timeout: float = 120.0
     attempts: int = 5
     max_failures: int = 8
+    ask_again: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     name: str = "judge"
 

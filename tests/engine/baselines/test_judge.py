@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from pairtrace.engine.baselines import judge_client
+from pairtrace.engine.baselines import judge, judge_client
 from pairtrace.engine.baselines.judge import score_by_judge
 from pairtrace.engine.baselines.judge_config import JudgeConfig
 from pairtrace.engine.cost import costs_path, read_costs
@@ -117,6 +117,21 @@ def test_what_is_no_verdict_is_missing_and_not_asked_again(store: SmallStore, tm
         again = score_by_judge(config(store, server.url, out))
     assert len(server.questions) == 22
     assert (again.asked, again.reused, again.missing) == (0, 22, summary.missing)
+    with judge_server(honest) as server:
+        mended = score_by_judge(config(store, server.url, out, ask_again=True))
+    assert (mended.asked, mended.reused, mended.missing) == (len(places), 22 - len(places), {})
+    assert scores_of(out) == expected()
+
+
+def test_a_server_that_only_talks_is_given_up_before_all_is_paid(
+    store: SmallStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "_TRIAL_ANSWERS", 6)
+    out = tmp_path / "judge.parquet"
+    with judge_server(lambda _: Reply("A 9, I think.")) as server:
+        with pytest.raises(JudgeError, match=r"none of the 6 answers .*6 prose.*--ask-again"):
+            score_by_judge(config(store, server.url, out, concurrency=1))
+        assert len(server.questions) <= 8, "what was under way is answered"
 
 
 def test_passing_failures_are_repeated(store: SmallStore, tmp_path: Path) -> None:
