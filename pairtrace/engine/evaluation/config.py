@@ -123,9 +123,9 @@ class EvaluateConfig:
         return Resampling(confidence=self.confidence, replicates=self.replicates, seed=self.seed)
 
     @property
-    def needs_weights(self) -> bool:
-        """Whether a checkpoint has to be loaded at all."""
-        return self.rollouts is None or self.data is not None or self.base is not None
+    def needs_checkpoints(self) -> bool:
+        """Whether the models are more than names in a file of responses."""
+        return self.rollouts is None or self.data is not None or self.base is not None or bool(self.lm_eval)
 
     def beside(self, suffix: str) -> Path | None:
         """A path beside `out`, or None."""

@@ -123,7 +123,7 @@ class _Run:
         self.requests = requests_of(self.prompts, config.conditions)
         if config.lm_eval:
             load_lm_eval()
-        named = config.models if config.rollouts is None or config.needs_weights or config.lm_eval else ()
+        named = config.models if config.needs_checkpoints else ()
         self.checkpoints = {name: Checkpoint(name, config) for name in named}
         self.base = None
         if config.base is not None:
