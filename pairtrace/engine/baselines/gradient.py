@@ -163,7 +163,11 @@ class _Run:
             path=costs_path(self.config.out),
             resumed=self.resumed,
         )
-        meter.extra = {"procedure": self.config.procedure, "checkpoints": self.config.checkpoints}
+        meter.extra = {
+            "procedure": self.config.procedure,
+            "checkpoints": self.config.checkpoints,
+            "backward": "counts as one forward pass: frozen weights get no gradient",
+        }
         return meter
 
     def computer(self, meter: CostMeter) -> PairGradients:

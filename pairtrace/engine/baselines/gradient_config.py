@@ -52,7 +52,7 @@ class GradientConfig:
         projection: dimensions of the random projection; 0 for none; None is 8,192 for cosine and 0 for TracIn.
         beta: of the DPO loss.
         length_normalized: log-probabilities per response token instead of their sum.
-        lora_rank, lora_alpha: of the adapter, on every linear layer of the decoder blocks.
+        lora_rank, lora_alpha: of the adapter, on every linear layer but the LM head (and fused experts).
         warmup_share: share of the usable pairs that the warm-up trains on.
         learning_rate: peak of the warm-up.
         batch_pairs: pairs per step of the warm-up.

@@ -37,7 +37,9 @@ class LinearCall:
 
 
 class LoraModel:
-    """A causal language model with LoRA on every linear layer of its decoder blocks (arXiv 2106.09685).
+    """A causal language model with LoRA on every linear layer but the LM head (arXiv 2106.09685).
+
+    In a mixture of experts these are the attention's: experts are fused into one tensor there.
 
     Attributes:
         network: the transformers model that holds the adapter's layers.
@@ -87,9 +89,13 @@ class LoraModel:
         path = resolve_checkpoint(model)
         where = resolve_device(device)
         base = load_model(AutoModelForCausalLM, path, load_config(path), dtype)
-        settings = LoraConfig(
-            r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", bias="none", task_type="CAUSAL_LM"
-        )
+        # peft's "all-linear" would also wrap the fused experts and routers of mixtures, which no hook can see into.
+        linear = [
+            name
+            for name, module in base.named_modules()
+            if type(module) is torch.nn.Linear and module is not base.get_output_embeddings()
+        ]
+        settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear, task_type="CAUSAL_LM")
         # peft draws the first factor from torch's generator, which is the caller's.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

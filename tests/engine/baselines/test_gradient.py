@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from pairtrace.commands.gradient import _gradient
 from pairtrace.engine.baselines.gradient import GradientConfig, gradient_baseline
 from pairtrace.engine.baselines.gradient_inputs import StorePairs, read_target
 from pairtrace.engine.baselines.gradient_warmup import Checkpoint, checkpoint_file, warmup_rows
@@ -301,6 +304,15 @@ def test_warm_up_rows_are_usable_and_drawn_once() -> None:
 def test_options_out_of_range_are_named(changes, message: str, made: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         gradient_baseline(settings(made, **{"out": tmp_path / "x.parquet", **changes}))
+
+
+def test_the_command_offers_every_setting_with_its_default() -> None:
+    offered = inspect.signature(_gradient).parameters
+    known = {field.name: field.default for field in fields(GradientConfig)}
+    assert set(offered) == {*known, "json"}
+    for name, default in known.items():
+        wanted = inspect.Parameter.empty if default is MISSING else default
+        assert offered[name].default == wanted, name
 
 
 def test_the_settings_of_a_work_directory_are_readable(batched: Path, made: dict[str, Path]) -> None:

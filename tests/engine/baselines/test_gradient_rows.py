@@ -83,6 +83,16 @@ def test_gradients_are_those_of_the_plain_loss(procedure, normalized, lora, expe
     assert differs(found, expected[normalized]) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["gemma2", "gpt_neox", "mixtral", "phi3"])
+def test_both_procedures_agree_for_families_with_other_layers(family: str, tmp_path: Path) -> None:
+    """Soft-capped logits, one matrix for query, key and value, fused experts, gate and up in one matrix."""
+    model = LoraModel.load(make_model(family, tmp_path, num_hidden_layers=2), rank=2, alpha=4.0, seed=0, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    model.set_adapter({name: 0.02 * torch.randn(p.shape, generator=generator) for name, p in model.parameters.items()})
+    settings = DpoSettings(beta=BETA, length_normalized=False)
+    assert differs(batched(model, settings), published(model, settings)) < 1e-4
+
+
 def test_the_plain_loss_catches_a_reference_that_is_the_policy(monkeypatch, lora, expected) -> None:
     monkeypatch.setattr(LoraModel, "reference", lambda self: nullcontext())
     settings = DpoSettings(beta=BETA, length_normalized=False)
