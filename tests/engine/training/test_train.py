@@ -151,7 +151,9 @@ def test_weights_of_a_bfloat16_checkpoint_are_trained_in_float32(small: Path, da
     for name, value in start.items():
         assert rounded[name].dtype == value.dtype == torch.bfloat16
         assert torch.equal(rounded[name], exact[name].to(torch.bfloat16))
-    assert max(float((exact[name] - start[name].float()).abs().max()) for name in exact) > 1e-5
+    # What was trained lies between the numbers that bfloat16 has.
+    between = sum(int((value != value.to(torch.bfloat16).float()).sum()) for value in exact.values())
+    assert between > 0.5 * sum(value.numel() for value in exact.values())
     assert json.loads((tmp_path / "rounded" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
