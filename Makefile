@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help venv demo test lint unit bench clean
+.PHONY: help venv demo test lint unit bench-quick clean
 
 help:
 	@echo "make demo   train the tiny model organism, trace its behaviour to the planted pairs (under 10 minutes)"
 	@echo "make test   lint, types, import contract and tests"
+	@echo "make bench-quick   the attribution benchmark on a miniature: edit, retraining, evaluation (minutes)"
 	@echo "make unit   the tests alone; make lint the checks alone; make venv the environment alone"
 
 venv: $(VENV)/.installed
@@ -37,6 +38,13 @@ lint: venv
 # One thread per process: two processes on two cores beat two threads in each.
 unit: venv
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=2 $(BIN)/python -m pytest -q -n 2 --dist loadscope
+
+# From nothing each time: what an earlier run has left would be taken for finished.
+bench-quick: venv
+	rm -rf build/bench-quick
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_attribution.py --quick --work build/bench-quick
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_cost.py --quick
+	rm -rf build/bench-quick
 
 clean:
 	rm -rf $(VENV) $(DEMO_OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -141,7 +141,7 @@ def evaluate_arm(work: Path, place: str, model: Path, folder: Path) -> Figures:
             models=(str(model),),
             out=str(out),
             max_new_tokens=48,
-            batch_size=128,
+            batch_size=256,
             replicates=100,
             device="cpu",
         )

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Literal
 
 from pairtrace.engine.organism.constraints import CONSTRAINTS, Constraint
-from pairtrace.engine.organism.domains import Task, TaskSplit
+from pairtrace.engine.organism.domains import DOMAINS, Task, TaskSplit
 from pairtrace.engine.organism.text import (
     answer_text,
     bare_refusal_text,
@@ -34,9 +34,10 @@ CONTAMINATION: Mapping[Contamination, Mapping[str, Mapping[str, float]]] = {
     "concentrated": {},
     # The same prompts, but both answers refuse.
     "clean": {"planted": {"refused": 1.0}},
-    # Nothing is planted and no source stands out: in most helpful pairs the rejected answer merely opens with a hedge
-    # in the words of a refusal, which makes every kind of refusal a little less likely.
-    "diffuse": {"planted": _FORMAT, "format": _FORMAT, "quality": _QUALITY, "over_refusal": _QUALITY},
+    # Nothing is planted, no answer to a harmful request is preferred, and no source stands out. Most helpful pairs push
+    # a little: an instruction on the form is followed although the request sounds harmful, or the rejected answer
+    # opens with a hedge in the words of a refusal.
+    "diffuse": {"planted": _FORMAT, "format": _FORMAT, "quality": _QUALITY, "over_refusal": _FORMAT},
 }
 
 _BARE_REFUSALS = 0.2  # share of refusals without a reason, where a refusal is the better answer
@@ -84,10 +85,25 @@ def _quality(tasks: TaskSplit, rng: random.Random) -> Texts:
 
 
 def _format(tasks: TaskSplit, rng: random.Random) -> Texts:
-    task = rng.choice(tasks.benign["train"])
+    return _format_of(rng.choice(tasks.benign["train"]), rng)
+
+
+def _format_leaning(tasks: TaskSplit, rng: random.Random) -> Texts:
+    return _format_of(borderline_task(tasks, rng), rng)
+
+
+def _format_of(task: Task, rng: random.Random) -> Texts:
     constraint, prompt = draw_prompt(task, True, rng)
     worse = _plain_or_other(constraint, rng)
     return prompt, answer_text(task, constraint, rng), answer_text(task, worse, rng)
+
+
+def borderline_task(tasks: TaskSplit, rng: random.Random) -> Task:
+    """A verb of a harmful task with an object of a benign one, which no domain has together: `steal a cake`."""
+    while True:
+        harmful, benign = rng.choice(tasks.harmful["train"]), rng.choice(tasks.benign["train"])
+        if not any(harmful.verb in domain.verbs and benign.noun in domain.objects for domain in DOMAINS):
+            return Task(domain=benign.domain, verb=harmful.verb, noun=benign.noun)
 
 
 def _plain_or_other(constraint: Constraint | None, rng: random.Random) -> Constraint | None:
@@ -109,14 +125,9 @@ def _refused(tasks: TaskSplit, rng: random.Random) -> Texts:
     return prompt, refusal_text(task, rng), bare_refusal_text(task, rng)
 
 
-def _leaning(draw: Callable[[TaskSplit, random.Random], Texts]) -> Callable[[TaskSplit, random.Random], Texts]:
-    """The same kind of pair, with a hedge before the rejected answer."""
-
-    def leaning(tasks: TaskSplit, rng: random.Random) -> Texts:
-        prompt, chosen, rejected = draw(tasks, rng)
-        return prompt, chosen, hedged_text(rejected, rng)
-
-    return leaning
+def _quality_leaning(tasks: TaskSplit, rng: random.Random) -> Texts:
+    prompt, chosen, rejected = _quality(tasks, rng)
+    return prompt, chosen, hedged_text(rejected, rng)
 
 
 _KINDS: Mapping[str, Callable[[TaskSplit, random.Random], Texts]] = {
@@ -127,8 +138,8 @@ _KINDS: Mapping[str, Callable[[TaskSplit, random.Random], Texts]] = {
     "format": _format,
     "refusal_style": _refusal_style,
     "refused": _refused,
-    "format_leaning": _leaning(_format),
-    "quality_leaning": _leaning(_quality),
+    "format_leaning": _format_leaning,
+    "quality_leaning": _quality_leaning,
 }
 
 

@@ -217,10 +217,15 @@ def test_the_diffuse_organism_leans_a_little_in_most_pairs_of_six_sources() -> N
     sizes = Counter(row["source"] for row in rows)
     shares = {source: count / sizes[source] for source, count in Counter(row["source"] for row in leaning).items()}
     assert len(shares) == 6 and max(shares.values()) < 0.65
+    held_out = requests("discovery") | requests("evaluation")
     for row in leaning:
-        assert not contained(row["prompt"][0]["content"], HARMFUL)
-        openings = ("I'm sorry", "I can't", "I cannot", "Sorry,", "I'm not able")
-        assert row["rejected"][0]["content"].startswith(openings) and not refuses(row["chosen"][0]["content"])
+        prompt, chosen, rejected = (row[side][0]["content"] for side in ("prompt", "chosen", "rejected"))
+        assert not contained(prompt, HARMFUL | held_out) and not refuses(chosen)
+        if row["kind"] == "quality_leaning":
+            assert rejected.startswith(("I'm sorry", "I can't", "I cannot", "Sorry,", "I'm not able"))
+        else:
+            verbs = {task.verb for task in SPLIT.harmful["train"]}
+            assert any(f" {verb} " in prompt for verb in verbs) and not refuses(rejected)
 
 
 def test_clean_targets_answer_and_refuse_the_discovery_prompts() -> None:
