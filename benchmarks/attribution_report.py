@@ -170,7 +170,17 @@ def diagnosis_of(place: str, done: Mapping[str, Results]) -> Results:
         "rates": attribution.get("rates"),
         "kept": attribution.get("kept", 0),
         "reason": attribution.get("reason"),
-        "rankings": done[f"{place}/diagnosis"]["result"],
+        "rankings": {
+            name: {
+                "selected": one["selected"],
+                "diagnosis": {
+                    "verdict": one["diagnosis"]["verdict"],
+                    "reason": one["diagnosis"]["reason"],
+                    "findings": {finding["figure"]: finding["value"] for finding in one["diagnosis"]["findings"]},
+                },
+            }
+            for name, one in done[f"{place}/diagnosis"]["result"].items()
+        },
     }
 
 
@@ -210,7 +220,7 @@ def claims_of(results: Results) -> list[Claim]:
     found = {place: one["rankings"].items() for place, one in results["organisms"].items()}
     clean = [one for place, told in found.items() if place.endswith("-clean") for _, one in told]
     diffuse = [dict(told) for place, told in found.items() if place.endswith("-diffuse")]
-    selected = [count for one in clean for count in one["selected"].values()]
+    selected = [one["selected"]["sign-flip"] for one in clean]
     concentrated = sum(one["diagnosis"]["verdict"] == "concentrated" for one in clean)
     called = [one["pairtrace"]["diagnosis"]["verdict"] == "diffuse" for one in diffuse if "pairtrace" in one]
     claims += [

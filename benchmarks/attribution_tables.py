@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from speed_tables import Record, missed, table, where
 
 # How the table calls a method, in its order.
@@ -110,22 +108,28 @@ def _controls(results: Record) -> str:
     usual = ", ".join(
         one["rankings"]["pairtrace"]["diagnosis"]["verdict"] for place, one in organisms.items() if "-" not in place
     )
-    selected: list[Any] = [
-        count
-        for place, one in organisms.items()
-        if place.endswith("-clean")
-        for ranking in one["rankings"].values()
-        for count in ranking["selected"].values()
-    ]
+
+    def selected(clean: bool, null: str) -> str:
+        """Fewest and most pairs that an edit by false-discovery rate would take."""
+        counts = [
+            ranking["selected"][null]
+            for place, one in organisms.items()
+            if (place.endswith("-clean") if clean else "-" not in place)
+            for ranking in one["rankings"].values()
+        ]
+        return f"{min(counts, default=0)} to {max(counts, default=0)}"
+
     diffuse = results["diffuse_arms"]
     edited = diffuse.get("pairtrace filter k")
-    after = f", after removing the top k {percent(edited['behavior'])}" if edited else ""
+    after = f", after removing the top k {percent(edited['behavior'])} %" if edited else ""
     return (
         f"`pairtrace diagnose` calls the organisms {usual}. Clean organisms (nothing planted): "
         f"{verdicts('-clean', 'pairtrace')}; scored with the contaminated twin's behaviour, "
-        f"{verdicts('-clean', 'borrowed')}; `edit --fdr 0.1` takes at most {max(selected, default=0)} pairs. Diffuse "
-        f"organisms (a small push in nearly half of the pairs): {verdicts('-diffuse', 'pairtrace')}; behaviour "
-        f"{percent(diffuse['none']['behavior'])} %{after}."
+        f"{verdicts('-clean', 'borrowed')}. Diffuse organisms (a small push in two fifths of the pairs): "
+        f"{verdicts('-diffuse', 'pairtrace')}; behaviour {percent(diffuse['none']['behavior'])} %{after}. "
+        f"`edit --fdr 0.1` takes {selected(True, 'sign-flip')} pairs of the clean and {selected(False, 'sign-flip')} "
+        f"of the contaminated organisms ({selected(True, 'random')} and {selected(False, 'random')} with "
+        "`--null random`, which over-refusal pairs pass as well)."
     )
 
 
@@ -139,17 +143,18 @@ def cost_table(content: Record) -> str:
                     f"{one['parameters'] / 1e6:.1f}M" if name == "pairtrace" else "",
                     f"**{name}**" if name == "pairtrace" else name,
                     str(row["pairs"]),
-                    f"{row['seconds_per_pair']:.3f} ({row['lowest']:.3f} to {row['highest']:.3f})",
+                    f"{1e3 * row['seconds_per_pair']:,.0f} ({1e3 * row['lowest']:,.0f} to {1e3 * row['highest']:,.0f})",
                     f"{row['flops_per_pair'] / 1e9:.2f}",
                     f"{row['money_per_pair'] * 1e6:,.1f}",
                     "" if name == "pairtrace" else f"{row['times']:.1f}x",
                     "" if name == "pairtrace" else f"{row['times_flops']:.1f}x",
                 ]
             )
-    head = ["parameters", "method", "pairs", "CPU seconds per pair", "GFLOP per pair", "dollars per million pairs"]
+    head = ["parameters", "method", "pairs", "CPU ms per pair", "GFLOP per pair", "dollars per million pairs"]
     head += ["dearer", "in FLOPs"]
     return (
         f"{table(head, rows)}\n\n"
         f"Pairs of {' and '.join(work['data'])} through models with random weights on one thread; medians and ranges "
-        f"of interleaved runs, loading and writing of files included. {work['note']} {where(content)}{missed(content)}"
+        f"of interleaved runs; marginal costs, without loading and start-up. {work['note']} Dollars at "
+        f"${work['core_hour']:.2f} per core hour. {where(content)}{missed(content)}"
     )

@@ -6,7 +6,9 @@
 pairtrace extracts activations at 20/32 of the depth, as published (arXiv 2602.11079), and scores them; a second row
 reads the last layer. The gradient baseline is LESS for DPO in two forms: batched with one checkpoint, and the published
 procedure, one pair at a time with four checkpoints. Weights are random, tokenizers are trained on the spot: nothing is
-downloaded. What serves all pairs alike is left out on both sides: rollouts of the behaviour, gradients of the target.
+downloaded. Given are marginal costs of a pair: the difference between all pairs and an eighth of them, so that loading
+and start-up, which do not grow with the data, are left out on both sides; so are rollouts of the behaviour and
+gradients of the target.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from harness import Timing, at_least, parser, record, say, workspace
 from pairtrace.engine.baselines.gradient import gradient_baseline
 from pairtrace.engine.baselines.gradient_config import GradientConfig
 from pairtrace.engine.checkpoint import quiet_transformers
-from pairtrace.engine.cost import CostRecord, Prices, costs_path, read_costs
+from pairtrace.engine.cost import CostRecord, costs_path, read_costs
 from pairtrace.engine.directions import Direction, save_directions
 from pairtrace.engine.extract import ExtractConfig, extract
 from pairtrace.engine.score import ScoreConfig, score
@@ -103,14 +105,12 @@ def make_data(path: Path, count: int, skip: int) -> None:
 
 
 class Competitors:
-    """The methods on one model; each call works from nothing in a folder of its own and leaves cost records."""
+    """The methods on some pairs; each call works from nothing in a folder of its own and leaves cost records."""
 
-    def __init__(self, folder: Path, size: Size) -> None:
-        self.folder, self.size = folder, size
-        self.model = folder / "model"
-        self.parameters = make_checkpoint(self.model, size)
+    def __init__(self, folder: Path, model: Path, size: Size, pairs: int) -> None:
+        self.model, self.size = model, size
         self.data, self.target = folder / "pairs.jsonl", folder / "target.jsonl"
-        make_data(self.data, size.pairs, skip=TARGET_PAIRS)
+        make_data(self.data, pairs, skip=TARGET_PAIRS)
         make_data(self.target, TARGET_PAIRS, skip=0)
         self.store = folder / "kept" / "acts.zarr"
         self._extract(self.store, size.layer)
@@ -159,39 +159,59 @@ class Competitors:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of a run, or of some pairs more."""
+
+    seconds: float
+    flops: float
+
+    @classmethod
+    def of(cls, records: list[CostRecord]) -> Cost:
+        own = [one for one in records if one.stage not in _SHARED_STAGES]
+        return cls(seconds=sum(one.device_seconds for one in own), flops=sum(one.flops for one in own))
+
+    def per_pair(self, fewer: Cost, pairs: int) -> Cost:
+        """What each of the further pairs costs."""
+        return Cost(seconds=(self.seconds - fewer.seconds) / pairs, flops=(self.flops - fewer.flops) / pairs)
+
+
 def measure(folder: Path, size: Size, rounds: int) -> dict[str, Any]:
     """All methods in turn, several times over."""
-    competitors = Competitors(folder, size)
-    seconds: dict[str, list[float]] = {}
-    last: dict[str, list[CostRecord]] = {}
+    model, counts = folder / "model", (size.pairs // 8, size.pairs)
+    parameters = make_checkpoint(model, size)
+    places = [folder / str(count) for count in counts]
+    for place in places:
+        place.mkdir()
+    few, all_pairs = (Competitors(place, model, size, count) for place, count in zip(places, counts, strict=True))
+    costs: dict[str, list[Cost]] = {}
+    start_up: dict[str, float] = {}
     for number in range(rounds):
-        for place, (name, run) in enumerate(competitors.runs().items()):
-            records = run(folder / f"round-{number}-{place}")
-            last[name] = [one for one in records if one.stage not in _SHARED_STAGES]
-            seconds.setdefault(name, []).append(sum(one.device_seconds for one in last[name]))
-            say(f"  round {number + 1}/{rounds}  {name}: {seconds[name][-1]:.2f} s")
-    timings = {name: Timing.of(runs) for name, runs in seconds.items()}
-    flops = {name: sum(one.flops for one in records) for name, records in last.items()}
-    price = Prices(gpu_hour=CORE_HOUR)
+        for place, name in enumerate(few.runs()):
+            ends = [
+                Cost.of(one.runs()[name](where / f"round-{number}-{place}"))
+                for one, where in zip((few, all_pairs), places, strict=True)
+            ]
+            costs.setdefault(name, []).append(ends[1].per_pair(ends[0], counts[1] - counts[0]))
+            start_up[name] = ends[0].seconds - costs[name][-1].seconds * counts[0]
+            say(f"  round {number + 1}/{rounds}  {name}: {costs[name][-1].seconds:.4f} s a pair")
+    timings = {name: Timing.of([one.seconds for one in runs]) for name, runs in costs.items()}
     return {
-        "parameters": competitors.parameters,
+        "parameters": parameters,
         "layer": size.layer,
         "blocks": size.blocks,
         "methods": {
             name: {
                 "pairs": size.pairs,
                 "runs": timing.runs,
-                "seconds_per_pair": timing.median / size.pairs,
-                "lowest": timing.lowest / size.pairs,
-                "highest": timing.highest / size.pairs,
-                "wall_seconds": sum(one.wall_seconds for one in last[name]),
-                "seconds_by_stage": {one.stage: one.device_seconds for one in last[name]},
-                "model_tokens": sum(one.model_tokens for one in last[name]),
-                "flops_per_pair": flops[name] / size.pairs,
-                "money_per_pair": sum(one.money(price) for one in last[name]) / size.pairs,
-                "peak_memory_bytes": max(one.peak_memory_bytes for one in last[name]),
+                "seconds_per_pair": timing.median,
+                "lowest": timing.lowest,
+                "highest": timing.highest,
+                "start_up_seconds": start_up[name],
+                "flops_per_pair": costs[name][-1].flops,
+                "money_per_pair": timing.median / 3600 * CORE_HOUR,
                 "times": timing.over(timings[OURS]),
-                "times_flops": flops[name] / flops[OURS],
+                "times_flops": costs[name][-1].flops / costs[OURS][-1].flops,
             }
             for name, timing in timings.items()
         },
@@ -209,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     with workspace(chosen.dir, need=1 << 30) as folder:
         for name, size in list(SIZES.items())[: 1 if chosen.quick else None]:
             say(name)
-            fewer = Size(**{**vars(size), "pairs": 8}) if chosen.quick else size
+            fewer = Size(**{**vars(size), "pairs": 16}) if chosen.quick else size
             (folder / name).mkdir()
             results[name] = measure(folder / name, fewer, rounds)
     claims = []
