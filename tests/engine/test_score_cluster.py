@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,27 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[LocalCluster]:
-    with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as running:
-        yield running
+def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a scheduler with two workers, started as a user starts them, and killed at the end."""
+    file = str(tmp_path_factory.mktemp("cluster") / "scheduler.json")
+    worker = ["worker", "--scheduler-file", file, "--no-nanny", "--nthreads", "1", "--no-dashboard"]
+    commands = [["scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", file], worker, worker]
+    running = [
+        subprocess.Popen([sys.executable, "-m", "dask", *command], stderr=subprocess.DEVNULL, cwd=Path(file).parent)
+        for command in commands
+    ]
+    try:
+        while not Path(file).exists():
+            assert running[0].poll() is None, "the scheduler has ended"
+            time.sleep(0.1)
+        with Client(scheduler_file=file, set_as_default=False, timeout=120) as client:
+            client.wait_for_workers(2, timeout=120)
+            address = client.scheduler.address
+        yield address
+    finally:
+        for process in running:
+            process.kill()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -68,38 +87,38 @@ class Counted:
 
 @pytest.mark.parametrize("keep_top", [None, 5])
 def test_the_cluster_gives_the_same_bits(
-    cluster: LocalCluster, store: SmallStore, behaviors: str, tmp_path: Path, keep_top: int | None
+    scheduler: str, store: SmallStore, behaviors: str, tmp_path: Path, keep_top: int | None
 ) -> None:
     options = {"store": store.path, "directions": (behaviors,), "keep_top": keep_top}
     here = scores_of(tmp_path / "here.parquet", **options)
-    there = scores_of(tmp_path / "there.parquet", scheduler=cluster.scheduler_address, **options)
+    there = scores_of(tmp_path / "there.parquet", scheduler=scheduler, **options)
     assert here == there and len(here) == 3 + 3 * 10
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
-def test_every_dtype_and_a_gap(cluster: LocalCluster, behaviors: str, tmp_path: Path, dtype: str) -> None:
+def test_every_dtype_and_a_gap(scheduler: str, behaviors: str, tmp_path: Path, dtype: str) -> None:
     small = make_store(tmp_path, dtype=dtype, skip_shards=(1,))
     options = {"store": small.path, "directions": (behaviors,), "allow_incomplete": True}
     here = scores_of(tmp_path / "here.parquet", **options)
-    assert scores_of(tmp_path / "there.parquet", scheduler=cluster.scheduler_address, **options) == here
+    assert scores_of(tmp_path / "there.parquet", scheduler=scheduler, **options) == here
 
 
-def test_progress_counts_every_pair(cluster: LocalCluster, store: SmallStore, behaviors: str, tmp_path: Path) -> None:
+def test_progress_counts_every_pair(scheduler: str, store: SmallStore, behaviors: str, tmp_path: Path) -> None:
     progress = Counted()
     config = ScoreConfig(
-        store=store.path, directions=(behaviors,), out=str(tmp_path / "s.parquet"), scheduler=cluster.scheduler_address
+        store=store.path, directions=(behaviors,), out=str(tmp_path / "s.parquet"), scheduler=scheduler
     )
     summary = score(config, progress)
     assert progress.done == summary.rows == 1000
 
 
-def test_a_killed_worker_changes_nothing(cluster: LocalCluster, store: SmallStore, behaviors: str) -> None:
+def test_a_killed_worker_changes_nothing(scheduler: str, store: SmallStore, behaviors: str) -> None:
     opened = ActivationStore.open(store.path)
     scorer = Scorer.of(load_directions(behaviors, layer=5), "float16")
     expected = list(local_scores(opened, 5, scorer, checksum=True))
-    blocks = score_cluster.cluster_scores(cluster.scheduler_address, opened, 5, scorer, checksum=True)
+    blocks = score_cluster.cluster_scores(scheduler, opened, 5, scorer, checksum=True)
     found = [next(blocks)]
-    with Client(cluster.scheduler_address, set_as_default=False) as client:
+    with Client(scheduler, set_as_default=False) as client:
         worker = min(client.run(os.getpid).values())
         os.kill(worker, signal.SIGKILL)
     found.extend(blocks)
@@ -108,7 +127,7 @@ def test_a_killed_worker_changes_nothing(cluster: LocalCluster, store: SmallStor
         np.testing.assert_array_equal(there.view(np.uint32), here.view(np.uint32))
 
 
-def test_a_damaged_shard_is_named(cluster: LocalCluster, behaviors: str, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_named(scheduler: str, behaviors: str, tmp_path: Path) -> None:
     small = make_store(tmp_path)
     chunk = Path(small.path) / "diff/5/c/2/0"
     whole = chunk.read_bytes()
@@ -121,19 +140,19 @@ def test_a_damaged_shard_is_named(cluster: LocalCluster, behaviors: str, tmp_pat
                 tmp_path / "s.parquet",
                 store=small.path,
                 directions=(behaviors,),
-                scheduler=cluster.scheduler_address,
+                scheduler=scheduler,
             )
         chunk.write_bytes(whole)
 
 
 def test_a_worker_that_cannot_see_the_store_says_so(
-    cluster: LocalCluster, store: SmallStore, behaviors: str, tmp_path: Path
+    scheduler: str, store: SmallStore, behaviors: str, tmp_path: Path
 ) -> None:
     opened = ActivationStore.open(store.path)
     opened.path = str(tmp_path / "only-here.zarr")
     scorer = Scorer.of(load_directions(behaviors, layer=5), "float16")
     with pytest.raises(StoreError, match=r"Dask worker at tcp.* cannot open the store: .*only-here.*has to see it"):
-        list(score_cluster.cluster_scores(cluster.scheduler_address, opened, 5, scorer, checksum=True))
+        list(score_cluster.cluster_scores(scheduler, opened, 5, scorer, checksum=True))
 
 
 def test_addresses_where_nothing_answers(
@@ -155,13 +174,11 @@ def test_a_scheduler_without_workers(store: SmallStore, behaviors: str, tmp_path
 
 
 def test_another_version_on_a_worker_is_refused(
-    cluster: LocalCluster, store: SmallStore, behaviors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheduler: str, store: SmallStore, behaviors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(score_cluster, "__version__", "99.0")
     with pytest.raises(ConfigError, match=r"Dask worker at tcp.* has another pairtrace \(.*\) than this one \(99.0\)"):
-        scores_of(
-            tmp_path / "s.parquet", store=store.path, directions=(behaviors,), scheduler=cluster.scheduler_address
-        )
+        scores_of(tmp_path / "s.parquet", store=store.path, directions=(behaviors,), scheduler=scheduler)
 
 
 def test_without_dask_the_extra_is_named(
