@@ -68,7 +68,8 @@ class CostRecord:
         device: "cpu", "cuda:0", "api", ...
         devices: how many were held.
         model_tokens: tokens that went through a model here.
-        flops: of these tokens, by the formulas of `engine.flops`; a backward pass counts as two forward passes.
+        flops: of these tokens, by the formulas of `engine.flops`; a backward pass counts as two forward passes, through
+            frozen weights as one.
         peak_memory_bytes: CUDA: most memory allocated during the stage, on its device. CPU: largest resident size of
             the process so far, whichever stage needed it. 0 where the system does not say, or for an API.
         api_prompt_tokens, api_completion_tokens: as billed by an API.
