@@ -2,7 +2,9 @@
 
 Parquet with one row per changed row of the data, in its order: `row`, `pair_id`, `source`, `action` ("filter", "swap"
 or "drop-source"), `score` (null without one), `reason`, and `original`, the whole row where it was removed. The
-metadata holds the settings of the edit and the exact schema of the original data.
+metadata holds the settings of the edit, the exact schema of the original data, and digests (`row_digest`) of the rows
+before and after the edit, by which `restore` tells that it gives the very same rows back. The edited data in turn holds
+the SHA-256 of its change record. Records of schema version 1 have no digests.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pairtrace.engine.edit_decision import KEEP, REMOVE, Decision, RankedRows
+from pairtrace.engine.edited_rows import in_schema
 from pairtrace.errors import DataFormatError
 
 EDIT_KEY = b"pairtrace_edit"
 SCHEMA_KEY = b"pairtrace_original_schema"
-SCHEMA_VERSION = 1
+DIGESTS_KEY = b"pairtrace_digests"
+RECORD_KEY = b"pairtrace_change_record"
+SCHEMA_VERSION = 2
+READABLE = (1, 2)
 SWAPPED = "swap"
 _BATCH_ROWS = 1024
 
@@ -81,6 +87,24 @@ def record_batch(
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
+def file_metadata(path: str | Path, what: str = "") -> dict[bytes, bytes]:
+    """The metadata of a parquet file, of its schema and of the file.
+
+    Args:
+        path: of the file.
+        what: words before the path in messages.
+
+    Raises:
+        DataFormatError: there is no such file, it is no parquet, or its footer is damaged.
+    """
+    try:
+        with pq.ParquetFile(path) as file:
+            return {**(file.metadata.metadata or {}), **(file.schema_arrow.metadata or {})}
+    # Damaged names of columns are no valid UTF-8, which is a ValueError.
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise DataFormatError(f"cannot read {what}{path}: {error}") from error
+
+
 @dataclass(frozen=True)
 class ChangeRecord:
     """A change record, opened.
@@ -89,31 +113,39 @@ class ChangeRecord:
         path: of the file.
         manifest: the settings of the edit.
         original_schema: schema of the data before the edit, metadata included.
+        digests: of the rows, "original" and "edited"; None in a record of schema version 1.
     """
 
     path: str
     manifest: dict[str, Any]
     original_schema: pa.Schema
+    digests: dict[str, str] | None
 
     @classmethod
     def open(cls, path: str | Path) -> ChangeRecord:
         """Read manifest and schema.
 
         Raises:
-            DataFormatError: not a change record, or of another version.
+            DataFormatError: not a change record, damaged, or of another version.
         """
-        try:
-            metadata = pq.read_schema(path).metadata or {}
-        except (OSError, pa.ArrowException) as error:
-            raise DataFormatError(f"cannot read the change record {path}: {error}") from error
+        metadata = file_metadata(path, "the change record ")
         if EDIT_KEY not in metadata or SCHEMA_KEY not in metadata:
             raise DataFormatError(f"{path} is not a change record of pairtrace edit; it ends in .changes.parquet")
-        manifest = json.loads(metadata[EDIT_KEY])
-        if manifest.get("schema_version") != SCHEMA_VERSION:
-            raise DataFormatError(
-                f"{path} has schema version {manifest.get('schema_version')!r}; expected {SCHEMA_VERSION}"
-            )
-        return cls(str(path), manifest, pa.ipc.read_schema(pa.py_buffer(metadata[SCHEMA_KEY])))
+        try:
+            manifest = json.loads(metadata[EDIT_KEY])
+            version, digests = manifest["schema_version"], None
+            if version in READABLE:
+                if not isinstance(manifest["columns"], dict) or not isinstance(manifest["rows_before"], int):
+                    raise ValueError("its settings are not those of an edit")
+                if version > 1:
+                    found = json.loads(metadata[DIGESTS_KEY])
+                    digests = {name: str(found[name]) for name in ("original", "edited")}
+            schema = pa.ipc.read_schema(pa.py_buffer(metadata[SCHEMA_KEY]))
+        except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
+            raise DataFormatError(f"{path} is damaged: its metadata cannot be read: {error!r}") from error
+        if version not in READABLE:
+            raise DataFormatError(f"{path} has schema version {version!r}; expected one of {READABLE}")
+        return cls(str(path), manifest, schema, digests)
 
     def read(self, columns: list[str]) -> pa.Table:
         """Some columns of all changed rows.
@@ -122,8 +154,8 @@ class ChangeRecord:
             DataFormatError: the file is damaged.
         """
         try:
-            return pq.read_table(self.path, columns=columns)
-        except (OSError, pa.ArrowException) as error:
+            return pq.read_table(self.path, columns=columns, page_checksum_verification=True)
+        except (OSError, pa.ArrowException, ValueError) as error:
             raise DataFormatError(f"{self.path} is damaged: {error}") from error
 
     def originals(self) -> Iterator[pa.RecordBatch]:
@@ -133,12 +165,11 @@ class ChangeRecord:
             DataFormatError: the file is damaged.
         """
         try:
-            with pq.ParquetFile(self.path) as file:
+            with pq.ParquetFile(self.path, page_checksum_verification=True) as file:
                 for batch in file.iter_batches(_BATCH_ROWS, columns=["action", "original"]):
                     removed = pc.not_equal(batch.column(0), pa.scalar(SWAPPED))
                     kept = batch.column(1).filter(removed)
                     assert isinstance(kept, pa.StructArray)
-                    originals = pa.RecordBatch.from_struct_array(kept)
-                    yield pa.RecordBatch.from_arrays(originals.columns, schema=self.original_schema)
+                    yield in_schema(pa.RecordBatch.from_struct_array(kept), self.original_schema)
         except (OSError, pa.ArrowException) as error:
             raise DataFormatError(f"{self.path} is damaged: {error}") from error

@@ -14,17 +14,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pairtrace.engine.atomic import replacing
-from pairtrace.engine.change_record import EDIT_KEY, record_batch, record_schema
+from pairtrace.engine.change_record import (
+    DIGESTS_KEY,
+    EDIT_KEY,
+    RECORD_KEY,
+    SCHEMA_VERSION,
+    file_metadata,
+    record_batch,
+    record_schema,
+)
 from pairtrace.engine.edit_config import EditConfig, EditSummary
 from pairtrace.engine.edit_decision import REMOVE, SWAP, Decision, RankedRows, decide, source_changes
 from pairtrace.engine.edited_rows import RowWriter, keep_rows, swap_sides, twin_columns
 from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
+from pairtrace.engine.row_digest import RowDigest
 from pairtrace.engine.scored_data import open_scored_data
 from pairtrace.engine.scores_table import ScoresTable
+from pairtrace.engine.tables import file_digest
 from pairtrace.engine.versions import library_versions
 from pairtrace.errors import ConfigError, DataMismatchError
 
@@ -43,6 +52,7 @@ def edit(config: EditConfig, progress: Progress = NULL_PROGRESS) -> EditSummary:
     begun = time.perf_counter()
     table = ScoresTable.open(config.scores)
     behavior = table.choose(config.behavior)
+    _refuse_to_overwrite(table, config)
     source = _open_data(table, config)
     schema = source.schema()
     count = source.available
@@ -60,22 +70,28 @@ def edit(config: EditConfig, progress: Progress = NULL_PROGRESS) -> EditSummary:
         replacing(config.out) as edited_path,
         replacing(config.changes) as changes_path,
         RowWriter(edited_path, edited_schema) as edited,
-        RowWriter(changes_path, changed_schema) as changed,
     ):
-        start = 0
-        for batch in source.batches(schema):
-            change = decision.change[start : start + batch.num_rows]
-            if len(change) < batch.num_rows:
-                break
-            swapped = swap_sides(batch, change == SWAP, twins)
-            edited.write(keep_rows(swapped, change != REMOVE, edited_schema))
-            changed.write(record_batch(batch, start, change, decision, ranked, changed_schema))
-            start += batch.num_rows
-            progress.advance(batch.num_rows)
-        if start != count:
-            raise DataMismatchError(
-                f"the data does not have the {count} rows it had when it was opened; run the edit again"
-            )
+        before, after = RowDigest(schema), RowDigest(schema)
+        with RowWriter(changes_path, changed_schema) as changed:
+            start = 0
+            for batch in source.batches(schema):
+                change = decision.change[start : start + batch.num_rows]
+                if len(change) < batch.num_rows:
+                    break
+                kept = keep_rows(swap_sides(batch, change == SWAP, twins), change != REMOVE, edited_schema)
+                before.update(batch)
+                after.update(kept)
+                edited.write(kept)
+                changed.write(record_batch(batch, start, change, decision, ranked, changed_schema))
+                start += batch.num_rows
+                progress.advance(batch.num_rows)
+            if start != count:
+                raise DataMismatchError(
+                    f"the data does not have the {count} rows it had when it was opened; run the edit again"
+                )
+            digests = {"original": before.hexdigest(), "edited": after.hexdigest()}
+            changed.annotate({DIGESTS_KEY.decode(): json.dumps(digests)})
+        edited.annotate({RECORD_KEY.decode(): file_digest([changes_path])})
     progress.finish()
     removed, exchanged = (int(np.count_nonzero(decision.change == kind)) for kind in (REMOVE, SWAP))
     return EditSummary(
@@ -99,7 +115,7 @@ def edit(config: EditConfig, progress: Progress = NULL_PROGRESS) -> EditSummary:
 
 def _open_data(table: ScoresTable, config: EditConfig) -> PairSource:
     try:
-        source = open_scored_data(table, config.data, config.split)
+        return open_scored_data(table, config.data, config.split)
     except DataMismatchError as error:
         if (earlier := _earlier_edit(config.data)) is not None:
             raise DataMismatchError(
@@ -108,20 +124,35 @@ def _open_data(table: ScoresTable, config: EditConfig) -> PairSource:
                 "or extract and score the edited data first"
             ) from error
         raise
-    place = Path(config.data or table.manifest["store_manifest"]["data"])
-    for what, path in (("--out", config.out), ("the change record", config.changes)):
-        if place.exists() and (
-            Path(path).resolve() == place.resolve() or place.resolve() in Path(path).resolve().parents
-        ):
-            raise ConfigError(f"{what} ({path}) would overwrite or join the data {place}; choose another --out")
-    return source
+
+
+def _refuse_to_overwrite(table: ScoresTable, config: EditConfig) -> None:
+    """Keep the products out of every input.
+
+    Raises:
+        ConfigError: one of them would take the place of an input, or lie in one.
+    """
+    made_from = table.manifest.get("store_manifest")
+    recorded = made_from.get("data") if isinstance(made_from, dict) else None
+    inputs = {
+        "data": config.data or recorded,
+        "scores": config.scores,
+        "activation store": config.store or table.manifest.get("store"),
+    }
+    for name, given in inputs.items():
+        if not isinstance(given, str) or not Path(given).exists():
+            continue
+        place = Path(given).resolve()
+        for what, path in (("--out", config.out), ("the change record", config.changes)):
+            if place in (Path(path).resolve(), *Path(path).resolve().parents):
+                raise ConfigError(f"{what} ({path}) would overwrite or join the {name} {given}; choose another --out")
 
 
 def _earlier_edit(data: str | None) -> dict[str, Any] | None:
     """What was done to data that is itself the result of an edit."""
     if data is None or not Path(data).is_file() or not data.endswith(".parquet"):
         return None
-    metadata = pq.read_schema(data).metadata or {}
+    metadata = file_metadata(data)
     found: dict[str, Any] | None = json.loads(metadata[EDIT_KEY]) if EDIT_KEY in metadata else None
     return found
 
@@ -131,7 +162,7 @@ def _manifest(
 ) -> dict[str, Any]:
     made_from = table.manifest["store_manifest"]
     return {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "action": config.action,
         "behavior": behavior,
         "selected_by": decision.reason,

@@ -146,6 +146,12 @@ def decide(
         dropped=dropped,
         selection=selection,
     )
+    if config.action != "swap" and (change[ranked.ranks > 0] == REMOVE).all():
+        logger.warning(
+            "the edit removes every pair that has a rank: what stays are the %d rows without a score, quarantined ones "
+            "among them",
+            np.count_nonzero(change != REMOVE),
+        )
     emptied = [one.source for one in source_changes(decision) if one.rows_after == 0 and one.source not in dropped]
     if emptied:
         logger.warning("the edit leaves no pair of the sources: %s", ", ".join(map(repr, sorted(emptied))))

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pairtrace.errors import ConfigError
+from pairtrace.errors import ConfigError, DataMismatchError
 
 ROW_GROUP_ROWS = 16_384
 # Long conversations: a row group is closed earlier, so that memory stays bounded.
@@ -27,7 +27,7 @@ class RowWriter:
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.schema = schema
-        self._writer = pq.ParquetWriter(path, schema)
+        self._writer = pq.ParquetWriter(path, schema, write_page_checksum=True)
         self._held: list[pa.RecordBatch] = []
         self._rows = 0
         self._bytes = 0
@@ -41,6 +41,10 @@ class RowWriter:
         self._bytes += batch.get_total_buffer_size()
         if self._rows >= ROW_GROUP_ROWS or self._bytes >= ROW_GROUP_BYTES:
             self._flush()
+
+    def annotate(self, entries: Mapping[str, str]) -> None:
+        """Add entries to the metadata of the file, beside those of the schema."""
+        self._writer.add_key_value_metadata(dict(entries))
 
     def _flush(self) -> None:
         if self._held:
@@ -117,3 +121,21 @@ def keep_rows(batch: pa.RecordBatch, keep: np.ndarray, schema: pa.Schema) -> pa.
     """
     kept = batch if keep.all() else batch.filter(pa.array(keep))
     return pa.RecordBatch.from_arrays(kept.columns, schema=schema)
+
+
+def in_schema(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """A batch out of a file under the schema that its rows had before; parquet keeps some types as a wider one.
+
+    Raises:
+        DataMismatchError: it has other columns, or values that do not fit.
+    """
+    if batch.schema.names != schema.names:
+        raise DataMismatchError(f"the columns are {', '.join(batch.schema.names)}; expected {', '.join(schema.names)}")
+    try:
+        columns = [
+            column if column.type == field.type else column.cast(field.type)
+            for column, field in zip(batch.columns, schema, strict=True)
+        ]
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise DataMismatchError(f"the columns have other types than before the edit: {error}") from error
+    return pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pairtrace.engine.atomic import replacing
-from pairtrace.engine.change_record import EDIT_KEY, SWAPPED, ChangeRecord
-from pairtrace.engine.edited_rows import RowWriter, swap_sides, twin_columns
+from pairtrace.engine.change_record import EDIT_KEY, RECORD_KEY, SCHEMA_KEY, SWAPPED, ChangeRecord, file_metadata
+from pairtrace.engine.edited_rows import RowWriter, in_schema, swap_sides, twin_columns
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
+from pairtrace.engine.row_digest import RowDigest
+from pairtrace.engine.tables import file_digest
 from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 1024
 
@@ -55,23 +61,29 @@ def restore(edited: str, out: str, changes: str | None = None, progress: Progres
     Raises:
         ConfigError: `out` cannot be written or is one of the inputs.
         DataFormatError: a file is damaged or is not what `edit` writes.
-        DataMismatchError: the two files do not belong to the same edit.
+        DataMismatchError: the two files do not belong to the same edit, the edited data was changed since, or what
+            comes out is not the original.
     """
     begun = time.perf_counter()
-    record = ChangeRecord.open(changes or edited.removesuffix(".parquet") + ".changes.parquet")
-    if out in (edited, record.path):
+    if not out.endswith(".parquet"):
+        raise ConfigError(f"--out is {out!r}; restored data is parquet and ends in .parquet")
+    record = _open_record(edited, changes)
+    if Path(out).resolve() in (Path(edited).resolve(), Path(record.path).resolve()):
         raise ConfigError(f"--out is {out}, one of the inputs; choose another file")
-    _require_same_edit(edited, record)
     schema, count = record.original_schema, int(record.manifest["rows_before"])
     entries = record.read(["row", "action"])
     rows = entries.column(0).to_numpy()
+    if rows.size and not (rows.min() >= 0 and rows.max() < count and (np.diff(rows) > 0).all()):
+        raise DataFormatError(f"{record.path} is damaged: its rows are not those of data with {count} rows, in order")
     swapped = np.array([action == SWAPPED for action in entries.column(1).to_pylist()], dtype=bool)
     gone = np.zeros(count, bool)
     gone[rows[~swapped]] = True
     exchanged = np.zeros(count, bool)
     exchanged[rows[swapped]] = True
     twins = twin_columns(schema, record.manifest["columns"]) if swapped.any() else ()
-    kept, removed = _Stream(_edited_batches(edited, schema), schema), _Stream(record.originals(), schema)
+    after, before = RowDigest(schema), RowDigest(schema)
+    kept = _Stream(_edited_batches(edited, schema, after), schema)
+    removed = _Stream(record.originals(), schema)
     progress.start("restore", count, "pairs")
     with replacing(out) as path, RowWriter(path, schema) as writer:
         for start in range(0, count, _BLOCK):
@@ -84,10 +96,13 @@ def restore(edited: str, out: str, changes: str | None = None, progress: Progres
             ordered = both.take(order)
             assert isinstance(ordered, pa.StructArray)
             batch = pa.RecordBatch.from_arrays(pa.RecordBatch.from_struct_array(ordered).columns, schema=schema)
-            writer.write(swap_sides(batch, exchanged[start : start + _BLOCK], twins))
+            restored = swap_sides(batch, exchanged[start : start + _BLOCK], twins)
+            before.update(restored)
+            writer.write(restored)
             progress.advance(len(absent))
         if kept.has_more() or removed.has_more():
             raise DataMismatchError(f"{edited} has more rows than its change record {record.path} accounts for")
+        _compare(edited, record, edited_digest=after.hexdigest(), restored_digest=before.hexdigest())
     progress.finish()
     return RestoreSummary(
         out=out,
@@ -98,22 +113,70 @@ def restore(edited: str, out: str, changes: str | None = None, progress: Progres
     )
 
 
-def _require_same_edit(edited: str, record: ChangeRecord) -> None:
-    try:
-        metadata = pq.read_schema(edited).metadata or {}
-    except (OSError, pa.ArrowException) as error:
-        raise DataFormatError(f"cannot read {edited}: {error}") from error
+def _open_record(edited: str, changes: str | None) -> ChangeRecord:
+    """The change record that belongs to edited data, unchanged since the edit.
+
+    Raises:
+        DataFormatError: a file cannot be read or is damaged.
+        DataMismatchError: the data is not edited data, or the record is another one's.
+    """
+    metadata = file_metadata(edited)
+    if SCHEMA_KEY in metadata:
+        raise DataMismatchError(
+            f"{edited} is a change record; give the edited data beside it, "
+            f"{edited.removesuffix('.parquet').removesuffix('.changes')}.parquet, and the record, if it lies "
+            "elsewhere, with --changes"
+        )
     if EDIT_KEY not in metadata:
-        raise DataMismatchError(f"{edited} was not written by pairtrace edit: it does not say what was changed in it")
-    if metadata[EDIT_KEY] != (pq.read_schema(record.path).metadata or {})[EDIT_KEY]:
-        raise DataMismatchError(f"{record.path} is the record of another edit than the one that made {edited}")
+        raise DataMismatchError(
+            f"{edited} was not written by pairtrace edit: it does not say what was changed in it. Give the data that "
+            "edit wrote (its --out); only a change record that lies elsewhere is given with --changes"
+        )
+    path = changes or edited.removesuffix(".parquet") + ".changes.parquet"
+    if changes is None and not Path(path).exists():
+        raise DataFormatError(
+            f"cannot read the change record {path}: it is not beside {edited}; say where it is with --changes"
+        )
+    record = ChangeRecord.open(path)
+    if metadata[EDIT_KEY] != file_metadata(path)[EDIT_KEY]:
+        raise DataMismatchError(
+            f"{path} is the record of another edit than the one that made {edited}, or one of the two is damaged"
+        )
+    # Data that another program wrote again has lost the digest; its rows are compared in any case.
+    if RECORD_KEY in metadata and metadata[RECORD_KEY].decode("ascii", "replace") != file_digest([Path(path)]):
+        raise DataFormatError(f"the change record {path} is damaged or was changed: it is not as edit wrote it")
+    if record.digests is None:
+        logger.warning(
+            "%s is of an older version without digests: whether the restored rows are the original ones is not checked",
+            path,
+        )
+    return record
 
 
-def _edited_batches(path: str, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def _compare(edited: str, record: ChangeRecord, *, edited_digest: str, restored_digest: str) -> None:
+    if record.digests is None:
+        return
+    if edited_digest != record.digests["edited"]:
+        raise DataMismatchError(
+            f"{edited} was changed or damaged since the edit: its rows are not those that its change record "
+            f"{record.path} knows; nothing was restored"
+        )
+    if restored_digest != record.digests["original"]:
+        raise DataMismatchError(
+            f"{edited} and {record.path} do not give the original data back: the rows are not those that the edit "
+            "read; nothing was restored"
+        )
+
+
+def _edited_batches(path: str, schema: pa.Schema, digest: RowDigest) -> Iterator[pa.RecordBatch]:
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for batch in file.iter_batches(_BLOCK):
-                yield pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+                ordered = in_schema(batch, schema)
+                digest.update(ordered)
+                yield ordered
+    except DataMismatchError as error:
+        raise DataMismatchError(f"{path} was changed since the edit: {error}") from error
     except (OSError, pa.ArrowException) as error:
         raise DataFormatError(f"{path} is damaged: {error}") from error
 

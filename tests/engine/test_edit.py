@@ -261,6 +261,37 @@ def test_the_data_is_not_overwritten(tmp_path: Path) -> None:
         edit(EditConfig(scores=path, out=str(parts / "edited.parquet"), action="filter", rule=SelectionRule(k=10)))
 
 
+def test_scores_and_store_are_not_overwritten(tmp_path: Path) -> None:
+    data = pair_files.write_parquet(tmp_path, ROWS)
+    scores = write_scored(tmp_path / "hs.changes.parquet", data, any_scores())
+    store = tmp_path / "acts.zarr"
+    store.mkdir()
+    whole = Path(scores).read_bytes()
+    for out, what in (
+        ("hs.changes.parquet", r"--out .* the scores"),
+        ("x/../hs.changes.parquet", r"--out .* the scores"),
+        ("hs.parquet", r"the change record .* the scores"),
+        ("acts.zarr/clean.parquet", r"--out .* the activation store"),
+    ):
+        with pytest.raises(ConfigError, match=f"{what} .*; choose another --out"):
+            edit(
+                EditConfig(
+                    scores=scores, out=str(tmp_path / out), action="filter", rule=SelectionRule(k=1), store=str(store)
+                )
+            )
+    assert Path(scores).read_bytes() == whole and not list(store.iterdir())
+
+
+def test_nothing_but_rows_without_a_score_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    data = pair_files.write_parquet(tmp_path, ROWS)
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, data, any_scores(), "filter", SelectionRule(fraction=0.99))
+    assert "without a score" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        run(tmp_path, data, any_scores(), "filter", SelectionRule(fraction=1))
+    assert "removes every pair that has a rank: what stays are the 1 rows without a score" in caplog.text
+
+
 def test_an_interrupted_edit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = pair_files.write_parquet(tmp_path, ROWS)
 
