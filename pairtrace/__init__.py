@@ -24,13 +24,17 @@ if TYPE_CHECKING:
     from pairtrace.engine.cost import CostRecord, Prices, read_costs
     from pairtrace.engine.diagnosis.config import DiagnoseConfig
     from pairtrace.engine.diagnosis.diagnose import diagnose
+    from pairtrace.engine.edit import edit
+    from pairtrace.engine.edit_config import EditConfig
     from pairtrace.engine.evaluation.config import EvaluateConfig
     from pairtrace.engine.evaluation.evaluate import evaluate
     from pairtrace.engine.extract import ExtractConfig, extract
     from pairtrace.engine.pairs import open_pairs
     from pairtrace.engine.plan import PlanConfig, plan
     from pairtrace.engine.ranking import sources, top
+    from pairtrace.engine.restore import restore
     from pairtrace.engine.score import ScoreConfig, score
+    from pairtrace.engine.selection import SelectionRule
     from pairtrace.engine.training.config import TrainConfig
     from pairtrace.engine.training.train import train
     from pairtrace.store.reader import ActivationStore
@@ -42,6 +46,7 @@ __all__ = [
     "ConvertConfig",
     "CostRecord",
     "DiagnoseConfig",
+    "EditConfig",
     "EvaluateConfig",
     "ExtractConfig",
     "GradientConfig",
@@ -52,17 +57,20 @@ __all__ = [
     "Prices",
     "RandomConfig",
     "ScoreConfig",
+    "SelectionRule",
     "TrainConfig",
     "__version__",
     "build_behavior",
     "convert",
     "diagnose",
+    "edit",
     "evaluate",
     "extract",
     "gradient_baseline",
     "open_pairs",
     "plan",
     "read_costs",
+    "restore",
     "score",
     "score_by_judge",
     "score_length",
@@ -80,6 +88,7 @@ _HOMES = {
     "ConvertConfig": "pairtrace.engine.convert",
     "CostRecord": "pairtrace.engine.cost",
     "DiagnoseConfig": "pairtrace.engine.diagnosis.config",
+    "EditConfig": "pairtrace.engine.edit_config",
     "EvaluateConfig": "pairtrace.engine.evaluation.config",
     "ExtractConfig": "pairtrace.engine.extract",
     "GradientConfig": "pairtrace.engine.baselines.gradient_config",
@@ -90,16 +99,19 @@ _HOMES = {
     "Prices": "pairtrace.engine.cost",
     "RandomConfig": "pairtrace.engine.baselines.simple",
     "ScoreConfig": "pairtrace.engine.score",
+    "SelectionRule": "pairtrace.engine.selection",
     "TrainConfig": "pairtrace.engine.training.config",
     "build_behavior": "pairtrace.engine.behavior",
     "convert": "pairtrace.engine.convert",
     "diagnose": "pairtrace.engine.diagnosis.diagnose",
+    "edit": "pairtrace.engine.edit",
     "evaluate": "pairtrace.engine.evaluation.evaluate",
     "extract": "pairtrace.engine.extract",
     "gradient_baseline": "pairtrace.engine.baselines.gradient",
     "open_pairs": "pairtrace.engine.pairs",
     "plan": "pairtrace.engine.plan",
     "read_costs": "pairtrace.engine.cost",
+    "restore": "pairtrace.engine.restore",
     "score": "pairtrace.engine.score",
     "score_by_judge": "pairtrace.engine.baselines.judge",
     "score_length": "pairtrace.engine.baselines.simple",
