@@ -34,7 +34,7 @@ def _store_verify(store: Annotated[str, typer.Argument(help="Activation store.")
     figures = {"store": store, "ok": report.ok, "rows": report.rows, "shards": report.shards}
     advice = (
         f"{store}: problems found: {len(problems)}, shards missing: {missing} of {report.shards}; delete the "
-        "mark of a damaged shard (status/c/N) and run the extraction again: it computes what has no mark"
+        f"mark of a damaged shard (status/c/N), which has its rows made again, and {report.advice}"
     )
     return Answer(
         {**figures, "missing_shards": missing, "problems": problems}, json, error=None if report.ok else advice
@@ -51,7 +51,10 @@ def _store_convert(
         str | None, typer.Option(help="Dtype of its rows: float16, bfloat16, float32, int8 [default: as SRC].")
     ] = None,
     codec: Annotated[
-        str | None, typer.Option(help="Compression of its rows: none, zstd:LEVEL, blosc-lz4:LEVEL [default: as SRC].")
+        str | None,
+        typer.Option(
+            help="Compression of its rows: none, zstd:LEVEL, blosc-lz4:LEVEL, blosc-zstd:LEVEL [default: as SRC]."
+        ),
     ] = None,
     directions: Annotated[
         list[str] | None, typer.Option(help="Direction file for the report of fidelity; may be repeated.")

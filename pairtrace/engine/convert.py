@@ -69,7 +69,7 @@ class ConvertConfig:
         if self.codec is not None:
             parse_codec(self.codec)
         if _same_place(self.source, self.out):
-            raise ConfigError(f"{self.out} is the store to convert; choose another path for the new one")
+            raise ConfigError(f"{self.out} is the store to convert; choose another DST")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +135,8 @@ def convert(config: ConvertConfig, progress: Progress = NULL_PROGRESS) -> Conver
     """
     begun = time.perf_counter()
     source = ActivationStore.open(config.source)
-    manifest = converted_manifest(source.manifest, config.dtype, config.codec)
+    place = config.source if "://" in config.source else str(Path(config.source).resolve())
+    manifest = converted_manifest(source.manifest, place, config.dtype, config.codec)
     # Before the long work, so that a direction that cannot be used costs nothing.
     directions = fidelity_directions(source, config.directions, config.layer, progress)
     converted = _write(config, source, manifest, progress)
@@ -170,8 +171,13 @@ def convert(config: ConvertConfig, progress: Progress = NULL_PROGRESS) -> Conver
     )
 
 
-def converted_manifest(manifest: Manifest, dtype: str | None, codec: str | None) -> Manifest:
-    """The manifest of the new store: identity of data and model as before, and which dtype its rows came from.
+def converted_manifest(manifest: Manifest, place: str, dtype: str | None, codec: str | None) -> Manifest:
+    """The manifest of the new store: identity of data and model as before, and what its rows came from.
+
+    Args:
+        manifest: of the source.
+        place: absolute path or address of the source.
+        dtype, codec: of the new store; None keeps that of the source.
 
     Raises:
         ConfigError: nothing would change.
@@ -191,6 +197,7 @@ def converted_manifest(manifest: Manifest, dtype: str | None, codec: str | None)
         dtype=new_dtype,
         codec=new_codec,
         converted_from=origin,
+        source_store={"path": place, "dtype": manifest.dtype, "codec": manifest.codec},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
@@ -205,7 +212,7 @@ def _write(config: ConvertConfig, source: ActivationStore, manifest: Manifest, p
     with StoreWriter.create_or_resume(config.out, manifest, fsync=config.fsync) as writer:
         if writer.manifest.shard_rows != manifest.shard_rows:
             raise StoreMismatchError(
-                "shard_rows", manifest.shard_rows, writer.manifest.shard_rows, "choose another path for the new store"
+                "shard_rows", manifest.shard_rows, writer.manifest.shard_rows, "choose another DST"
             )
         missing = writer.missing_shards()
         progress.start("convert", len(missing), "shards")

@@ -205,12 +205,12 @@ def build_manifest(config: ExtractConfig, source: PairSource, renderer: Renderer
         sides=config.sides,
         shard_rows=min(config.shard_rows or default_shard_rows(source.rows), source.rows),
         compute_dtype=str(resolve_dtype(config.compute_dtype, model_config)).removeprefix("torch."),
-        model=str(config.model),
+        # Absolute, so that commands can be repeated from any directory; a hub id stays as it is.
+        model=str(Path(config.model).resolve()) if Path(config.model).is_dir() else str(config.model),
         model_fingerprint=model_fingerprint(config.model),
         tokenizer_fingerprint=tokenizer_fingerprint,
         template_fingerprint=template_fingerprint,
         data_fingerprint=source.fingerprint,
-        # Absolute, so that the ranking finds the texts from any directory; a hub id stays as it is.
         data=str(Path(config.data).resolve()) if Path(config.data).exists() else config.data,
         data_format=source.format,
         columns=source.columns,

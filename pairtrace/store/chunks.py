@@ -18,8 +18,10 @@ import numpy.typing as npt
 from pairtrace.errors import StoreDamagedError
 from pairtrace.kernels.checksum import crc32c
 from pairtrace.kernels.strings import split_strings
+from pairtrace.store.advice import repair_advice
 from pairtrace.store.layout import CHECKSUM_BYTES, ArraySpec
 from pairtrace.store.location import Location, RawBytes
+from pairtrace.store.metadata import read_manifest
 
 
 def encode(spec: ArraySpec, values: np.ndarray | list[str]) -> list[RawBytes]:
@@ -198,9 +200,12 @@ def damaged(location: Location, spec: ArraySpec, shard: int, what: str) -> Store
     """The error for a damaged chunk, with the way to repair it."""
     start, stop = spec.pair_span(shard)
     mark = f"{location.name.rstrip('/')}/status/c/{shard}"
+    # The manifest was readable when the store was opened; where it no longer is, that is the next error.
+    manifest = read_manifest(location)
+    again = "make the store again" if manifest is None else repair_advice(manifest, location.name)
     return StoreDamagedError(
         f"{location.name}: array {spec.name}, shard {shard} (rows {start} to {stop - 1}) is damaged: {what}. "
-        f"To compute only these rows again, delete {mark} and run the same extraction again"
+        f"To compute only these rows again, delete {mark} and {again}"
     )
 
 

@@ -46,9 +46,13 @@ _SINCE_2: dict[str, Any] = {
     "chat_template": None,
     "template_date": None,
     "converted_from": None,
+    "source_store": None,
 }
+# Only in the manifests that need them: others are as their older readers know them.
+_OPTIONAL = frozenset(("source_store",))
+_SOURCE_FIELDS = frozenset(("path", "dtype", "codec"))
 
-_ADVICE = "use another --store path for this run, or repeat the settings that the store was made with"
+_ADVICE = "choose another path for the store of this run, or repeat the settings that the store was made with"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +60,8 @@ class Manifest:
     """Everything that decides the values in a store, and where they came from.
 
     `created`, `versions`, `data`, `data_format`, `columns`, `split`, `chat_template`, `template_date`, `model`,
-    `attention` and `shard_rows` describe the store but are not part of its identity: a resumed run keeps the
-    store's own. (The split and the template are in the fingerprints.)
+    `source_store`, `attention` and `shard_rows` describe the store but are not part of its identity: a resumed run
+    keeps the store's own. (The split and the template are in the fingerprints.)
 
     Attributes:
         schema_version: version of the on-disk layout: 2, or 1 for a store without codec and int8, whose manifest
@@ -71,10 +75,12 @@ class Manifest:
         converted_from: dtype of the store that this one's rows were rounded from, after several conversions the
             coarsest on the way; None for rows rounded from the model's own output. A conversion that changes only the
             codec leaves it as it is.
+        source_store: of a converted store "path" (absolute), "dtype" and "codec" of the store that was converted; None
+            for an extracted one, and for a store that was converted before this was recorded.
         sides: whether chosen and rejected are kept beside their difference.
         shard_rows: S, rows per shard. The last chunk of each array is padded to S rows on disk.
         compute_dtype: element type of the forward pass.
-        model: display name of the checkpoint.
+        model: path (absolute) or hub id of the checkpoint.
         model_fingerprint: sha256 (hex) of the weights and configuration.
         tokenizer_fingerprint: sha256 (hex) of the tokenizer.
         template_fingerprint: sha256 (hex) of the chat template.
@@ -101,6 +107,7 @@ class Manifest:
     dtype: str = "float16"
     codec: str = NONE
     converted_from: str | None = None
+    source_store: dict[str, str] | None = None
     sides: bool = False
     shard_rows: int
     compute_dtype: str
@@ -143,6 +150,11 @@ class Manifest:
             if newer or self.dtype == "int8":
                 raise ConfigError(f"schema_version 1 has no {newer[0] if newer else 'dtype int8'}")
 
+    @property
+    def converted(self) -> bool:
+        """Whether the rows were converted from another store."""
+        return self.converted_from is not None or self.source_store is not None
+
     def require_same(self, expected: Manifest) -> None:
         """Check that this store holds what a run with the manifest `expected` would compute.
 
@@ -158,7 +170,8 @@ class Manifest:
         """The manifest as a JSON object (tuples become lists)."""
         absent = _SINCE_2 if self.schema_version == 1 else {}
         values = {**asdict(self), "layers": list(self.layers)}
-        return {name: value for name, value in values.items() if name not in absent}
+        unused = {name for name in _OPTIONAL if values[name] is None}
+        return {name: value for name, value in values.items() if name not in absent and name not in unused}
 
     @classmethod
     def from_json(cls, value: object, where: str) -> Manifest:
@@ -181,13 +194,13 @@ class Manifest:
                 "Install the pairtrace release that wrote it, or extract into a new store"
             )
         names = {f.name for f in fields(cls)} - (set(_SINCE_2) if version == 1 else set())
-        if names != set(value):
-            missing, unknown = sorted(names - set(value)), sorted(set(value) - names)
+        missing, unknown = sorted(names - _OPTIONAL - set(value)), sorted(set(value) - names)
+        if missing or unknown:
             raise StoreDamagedError(
                 f"{where}: the manifest is damaged (missing fields {missing}, unknown fields {unknown})"
             )
         for name, kinds in _KINDS.items():
-            if name not in names:
+            if name not in value:
                 continue
             item = value[name]
             # bool is a subclass of int, but True is no number of rows.
@@ -195,6 +208,11 @@ class Manifest:
                 raise StoreDamagedError(f"{where}: the manifest is damaged ({name} is {json.dumps(item)})")
         if not all(type(layer) is int for layer in value["layers"]):
             raise StoreDamagedError(f"{where}: the manifest is damaged (layers is {value['layers']})")
+        source = value.get("source_store")
+        if source is not None and (
+            set(source) != _SOURCE_FIELDS or not all(type(item) is str for item in source.values())
+        ):
+            raise StoreDamagedError(f"{where}: the manifest is damaged (source_store is {json.dumps(source)})")
         try:
             return cls(**{**value, "layers": tuple(value["layers"])})
         except ConfigError as error:
@@ -229,6 +247,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     ),
     **dict.fromkeys(("split", "chat_template", "template_date", "converted_from"), (str, type(None))),
     **dict.fromkeys(("columns", "versions"), (dict,)),
+    "source_store": (dict, type(None)),
     "layers": (list,),
     "sides": (bool,),
 }

@@ -65,14 +65,14 @@ def refuse_foreign_directory(location: LocalLocation) -> None:
     if not root.exists():
         return
     if not root.is_dir():
-        raise StoreError(f"{root} is a file, not a store; choose another --store path")
+        raise StoreError(f"{root} is a file, not an activation store (a directory); choose another path")
     if (
         (root / LOCK_KEY).exists()
         or not any(files for _, _, files in os.walk(root))
         or read_manifest(location) is not None
     ):
         return
-    raise StoreError(f"{root} exists, is not empty and is not a pairtrace store; choose another --store path")
+    raise StoreError(f"{root} exists, is not empty and is not a pairtrace store; choose another path for the new store")
 
 
 def create_store(location: Location, manifest: Manifest, *, durable: bool) -> None:
@@ -91,7 +91,7 @@ def create_store(location: Location, manifest: Manifest, *, durable: bool) -> No
         if strangers := sorted(group.keys()):
             raise StoreError(
                 f"{location.name} already holds {', '.join(strangers)} but no pairtrace manifest; "
-                "delete it if it is an interrupted creation, or choose another --store address"
+                "delete it if it is an interrupted creation, or choose another address for the new store"
             )
     create_arrays(group, manifest)
     if isinstance(location, LocalLocation) and durable:
@@ -144,12 +144,14 @@ def require_manifest(location: Location) -> Manifest:
         StoreDamagedError: the manifest or an array's description is damaged.
     """
     if isinstance(location, LocalLocation) and not location.is_directory():
+        if location.root.exists():
+            raise StoreError(f"{location.name} is a file, not an activation store (a directory)")
         raise StoreError(f"{location.name}: no such store; make one with: pairtrace extract DATA --store PATH")
     manifest = read_manifest(location)
     if manifest is None:
         if location.size(LOCK_KEY) is not None:
             raise StoreDamagedError(
-                f"{location.name} has no manifest: its creation was interrupted; run the extraction again"
+                f"{location.name} has no manifest: its creation was interrupted; run the command that began it again"
             )
         raise StoreError(f"{location.name} is not a pairtrace store (it has no {ATTRIBUTE!r} attribute)")
     check_arrays(location, manifest)
@@ -167,7 +169,7 @@ def _clear_interrupted_creation(root: Path) -> None:
         if not _is_creation(key):
             raise StoreDamagedError(
                 f"{root} holds data ({key}) but its {ZARR_JSON} has no manifest; "
-                "restore that file, or choose another --store path"
+                "restore that file, or choose another path for the new store"
             )
     for key in leftovers:
         (root / key).unlink()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from pairtrace.kernels.int8 import ScaledRows
+from pairtrace.store.advice import repair_advice
 from pairtrace.store.checks import Problem, check_rows, check_scales, check_vectors, coarser
 from pairtrace.store.chunks import decode
 from pairtrace.store.layout import ROW_ARRAYS, ArraySpec, array_specs, is_scaled, scale_names
@@ -51,6 +52,7 @@ class VerifyReport:
         shards: number of shards.
         missing_shards: shards without a mark; they make the report not `ok`, but nothing is damaged.
         problems: everything that is wrong.
+        advice: how to have rows made again, in words that go behind "and".
     """
 
     path: str
@@ -58,6 +60,7 @@ class VerifyReport:
     shards: int
     missing_shards: tuple[int, ...]
     problems: tuple[Problem, ...]
+    advice: str
 
     @property
     def complete(self) -> bool:
@@ -118,6 +121,7 @@ def verify(path: StorePath, progress: ProgressLike | None = None) -> VerifyRepor
         shards=status.shards,
         missing_shards=tuple(missing),
         problems=tuple(problems),
+        advice=repair_advice(manifest, location.name),
     )
 
 

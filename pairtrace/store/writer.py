@@ -54,9 +54,9 @@ _REASONS = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space",
     errno.EFBIG: "a file grew past the size limit of this file system or shell: raise the limit",
-    errno.EROFS: "the file system is read-only: choose another --store path or mount it writable",
-    errno.EACCES: "permission denied: choose another --store path or change the permissions",
-    errno.EPERM: "permission denied: choose another --store path or change the permissions",
+    errno.EROFS: "the file system is read-only: choose another path for the store, or mount it writable",
+    errno.EACCES: "permission denied: choose another path for the store, or change the permissions",
+    errno.EPERM: "permission denied: choose another path for the store, or change the permissions",
 }
 
 

@@ -70,6 +70,8 @@ def test_rows_are_rounded_once_and_all_else_stays(before: str, after: str, tmp_p
     new.manifest.require_same(wanted)
     for name in ("versions", "columns", "data", "model", "attention", "shard_rows"):
         assert getattr(new.manifest, name) == getattr(manifest, name)
+    # A change of the codec alone is on record as well.
+    assert new.manifest.source_store == {"path": str(tmp_path / "a"), "dtype": before, "codec": "none"}
 
 
 _ROWS = ("diff", "chosen", "rejected")
@@ -125,7 +127,7 @@ def test_a_conversion_goes_on_where_it_stopped_and_then_does_nothing(
 
     with patch.object(StoreWriter, "write_shard", stop_after_two), pytest.raises(KeyboardInterrupt):
         run(source, tmp_path / "b", dtype="int8")
-    with pytest.raises(StoreIncompleteError, match="store convert SOURCE_STORE"):
+    with pytest.raises(StoreIncompleteError, match=f"store convert {source}"):
         ActivationStore.open(tmp_path / "b")
     summary = run(source, tmp_path / "b", dtype="int8")
     assert (summary.shards, summary.converted, summary.already_complete) == (5, 3, False)

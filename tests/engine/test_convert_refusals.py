@@ -17,6 +17,8 @@ from pairtrace.errors import (
     StoreIncompleteError,
     StoreMismatchError,
 )
+from pairtrace.store.reader import ActivationStore
+from pairtrace.store.verify import verify
 from pairtrace.store.writer import StoreWriter
 from tests.engine.conversions import behavior_file, run
 from tests.engine.small_store import make_store
@@ -48,6 +50,21 @@ def test_damage_of_the_source_is_not_converted(tmp_path: Path) -> None:
     chunk.write_bytes(content)
     with pytest.raises(StoreDamagedError, match=r"diff/5.*shard 1"):
         run(source, tmp_path / "b", dtype="int8", layer=2)
+
+
+def test_damage_of_a_converted_store_names_the_conversion(tmp_path: Path) -> None:
+    source = make_store(tmp_path).path
+    run(source, tmp_path / "b", codec="zstd:1")
+    chunk = tmp_path / "b/diff/5/c/1/0"
+    chunk.write_bytes(chunk.read_bytes()[:50])
+    with pytest.raises(StoreDamagedError) as caught:
+        list(ActivationStore.open(tmp_path / "b").blocks(5))
+    command = f"pairtrace store convert {source} {tmp_path}/b --dtype float16 --codec zstd:1"
+    assert f"delete {tmp_path}/b/status/c/1 and run the same conversion again: {command}" in str(caught.value)
+    assert command in verify(tmp_path / "b").advice
+    (tmp_path / "b/status/c/1").unlink()
+    run(*command.split()[3:5], dtype="float16", codec="zstd:1")
+    assert verify(tmp_path / "b").ok
 
 
 def test_an_incomplete_source_is_refused_with_advice(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from pairtrace.cli import app
 from pairtrace.engine.extract import ExtractConfig
 from pairtrace.engine.pairs import open_pairs
-from pairtrace.store.advice import resume_advice, resume_command
+from pairtrace.store.advice import repair_advice, resume_advice, resume_command
 from pairtrace.store.manifest import Manifest
 from tests.store.samples import make_manifest
 
@@ -56,7 +56,7 @@ def test_every_setting_comes_back(changes: dict[str, Any], monkeypatch: pytest.M
     same = ("data", "model", "layers", "dtype", "codec", "sides", "max_length", "truncation", "compute_dtype", "limit")
     for name in (*same, "split", "chat_template", "template_date"):
         assert getattr(config, name) == getattr(manifest, name), name
-    assert (config.store, config.format) == ("my acts.zarr", manifest.data_format)
+    assert (config.store, config.format) == (str(Path("my acts.zarr").absolute()), manifest.data_format)
     for name in ("prompt", "chosen", "rejected", "source"):
         assert getattr(config, name) == manifest.columns.get(name), name
 
@@ -100,5 +100,13 @@ def test_a_converted_store_is_converted_again() -> None:
     manifest = make_manifest(dtype="int8", codec="zstd:3", converted_from="float16")
     assert resume_advice(manifest, "a b.zarr") == (
         "Convert them by running the same conversion again: "
-        "pairtrace store convert SOURCE_STORE 'a b.zarr' --dtype int8 --codec zstd:3"
+        f"pairtrace store convert SOURCE_STORE '{Path.cwd()}/a b.zarr' --dtype int8 --codec zstd:3"
     )
+
+
+def test_a_converted_store_names_its_source() -> None:
+    source = {"path": "/data/my acts.zarr", "dtype": "float16", "codec": "none"}
+    manifest = make_manifest(codec="zstd:3", source_store=source)
+    command = "pairtrace store convert '/data/my acts.zarr' s3://bucket/b --dtype float16 --codec zstd:3"
+    assert resume_command(manifest, "s3://bucket/b") == command
+    assert repair_advice(manifest, "s3://bucket/b") == f"run the same conversion again: {command}"

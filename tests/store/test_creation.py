@@ -28,7 +28,7 @@ def test_nothing_that_is_no_store_is_touched(tmp_path: Path) -> None:
     (foreign / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
     before = tree_bytes(tmp_path)
     for path in (folder, file, foreign):
-        with pytest.raises(StoreError, match="another --store path"):
+        with pytest.raises(StoreError, match="choose another path"):
             StoreWriter.create_or_resume(path, make_manifest())
     assert tree_bytes(tmp_path) == before
     assert not (folder / "status").exists()

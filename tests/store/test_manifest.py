@@ -61,6 +61,7 @@ def test_description_is_no_identity() -> None:
         "template_date": "2026-01-01",
         "data_format": "x",
         "shard_rows": 7,
+        "source_store": {"path": "/a", "dtype": "float16", "codec": "none"},
     }
     make_manifest().require_same(make_manifest(**described))
     fields = {field.name for field in dataclasses.fields(Manifest)}
@@ -105,10 +106,23 @@ def test_unknown_fields_of_another_schema_are_a_schema_error() -> None:
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Manifest) if f.name != "schema_version"])
 def test_damaged_fields(field: str) -> None:
     whole = make_manifest().to_json()
-    with pytest.raises(StoreDamagedError, match=field):
-        Manifest.from_json({key: value for key, value in whole.items() if key != field}, "acts.zarr")
+    if field != "source_store":  # only converted stores have it
+        with pytest.raises(StoreDamagedError, match=field):
+            Manifest.from_json({key: value for key, value in whole.items() if key != field}, "acts.zarr")
     with pytest.raises(StoreDamagedError, match=field):
         Manifest.from_json({**whole, field: 1.5}, "acts.zarr")
+
+
+def test_the_source_of_a_conversion_is_kept_where_there_is_one() -> None:
+    assert "source_store" not in make_manifest().to_json() and not make_manifest().converted
+    source = {"path": "/data/acts.zarr", "dtype": "float16", "codec": "none"}
+    converted = make_manifest(source_store=source)
+    assert converted.converted and Manifest.from_json(converted.to_json(), "s") == converted
+    older = make_manifest(converted_from="float16")
+    assert older.converted and Manifest.from_json(older.to_json(), "s").source_store is None
+    for damaged in ({}, {"path": "/a"}, {**source, "path": 3}, {**source, "more": "x"}, [], "x"):
+        with pytest.raises(StoreDamagedError, match="source_store"):
+            Manifest.from_json({**converted.to_json(), "source_store": damaged}, "s")
 
 
 def test_schema_1_is_what_it_was() -> None:

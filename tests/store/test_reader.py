@@ -256,7 +256,7 @@ def assert_damage_is_named(root: Path, name: str, read: Callable[[ActivationStor
         read(store)
     message = str(caught.value)
     assert f"array {name}, shard 1 (rows 4 to 7)" in message
-    assert f"delete {root}/status/c/1 and run the same extraction again" in message
+    assert f"delete {root}/status/c/1 and run the same extraction again: pairtrace extract" in message
 
 
 @pytest.mark.parametrize("name", READS)
@@ -356,9 +356,10 @@ def test_a_reader_that_ignores_missing_rows_is_caught(root: Path, monkeypatch: p
 
 def test_no_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    for path in (tmp_path / "nothing", tmp_path / "file"):
-        with pytest.raises(StoreError, match="no such store"):
-            ActivationStore.open(path)
+    with pytest.raises(StoreError, match="no such store"):
+        ActivationStore.open(tmp_path / "nothing")
+    with pytest.raises(StoreError, match="is a file, not an activation store"):
+        ActivationStore.open(tmp_path / "file")
     with pytest.raises(StoreError, match="not a pairtrace store"):
         ActivationStore.open(tmp_path)
 
