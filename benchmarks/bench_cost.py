@@ -185,7 +185,7 @@ class Cost:
 
 def measure(folder: Path, size: Size, rounds: int) -> dict[str, Any]:
     """All methods in turn, several times over."""
-    model, counts = folder / "model", (size.pairs // 8, size.pairs)
+    model, counts = folder / "model", (max(2, size.pairs // 8), size.pairs)
     parameters = make_checkpoint(model, size)
     places = [folder / str(count) for count in counts]
     for place in places:
@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> None:
     with workspace(chosen.dir, need=1 << 30) as folder:
         for name, size in list(SIZES.items())[: 1 if chosen.quick else None]:
             say(name)
-            fewer = Size(**{**vars(size), "pairs": 16}) if chosen.quick else size
+            fewer = Size(**{**vars(size), "pairs": 8}) if chosen.quick else size
             (folder / name).mkdir()
             results[name] = measure(folder / name, fewer, rounds)
     claims = []
