@@ -10,6 +10,22 @@ from pathlib import Path
 from pairtrace.errors import ConfigError
 
 
+def require_writable(path: str | Path) -> None:
+    """Find out before long work that `replacing` could not write a file; nothing is made.
+
+    Raises:
+        ConfigError: `path` is a directory, or its place cannot be written to.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ConfigError(f"cannot write {path}: it is a directory; give a file name")
+    place = next(parent for parent in path.absolute().parents if parent.exists())
+    if not place.is_dir():
+        raise ConfigError(f"cannot write {path}: {place} is a file, not a directory; choose another place")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ConfigError(f"cannot write {path}: no permission to write to {place}; choose another place")
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and takes the place of `path`.

@@ -81,6 +81,19 @@ def load_config(model: str | Path) -> Any:
         raise ModelError(f"the configuration of {path} cannot be read: {error}") from error
 
 
+def described_blocks(model: str | Path) -> int | None:
+    """Number of blocks by the `config.json` of a local checkpoint, without transformers; None where it does not tell.
+
+    Raises:
+        ModelError: a local directory is no checkpoint, or its configuration is damaged.
+    """
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        return None
+    blocks = _read_json(resolve_checkpoint(path) / "config.json").get("num_hidden_layers")
+    return blocks if type(blocks) is int else None
+
+
 def load_tokenizer(model: str | Path) -> Any:
     """Load the tokenizer of a checkpoint; code shipped with the checkpoint is never run.
 

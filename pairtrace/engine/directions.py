@@ -30,6 +30,7 @@ METADATA_KEY = "pairtrace"
 _FINGERPRINTS = ("model_fingerprint", "tokenizer_fingerprint", "template_fingerprint")
 # What numpy can hold, and bfloat16, which is widened; anything narrower is no direction.
 _TENSOR_TYPES = frozenset(("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"))
+DIRECTION_SUFFIXES = (".safetensors", ".npy")
 _NAME = re.compile(r"[^\s/:]+")
 
 
@@ -123,6 +124,7 @@ def load_directions(
     width: int | None = None,
     model_fingerprint: str | None = None,
     tokenizer_fingerprint: str | None = None,
+    note: bool = True,
 ) -> list[Direction]:
     """Read a direction file, or a plain array made elsewhere.
 
@@ -134,6 +136,7 @@ def load_directions(
         width: D that is needed.
         model_fingerprint: of the model that is needed; not compared for plain arrays, which do not say.
         tokenizer_fingerprint: of the tokenizer that is needed; likewise.
+        note: log which of them do not say what they come from; False where they are read again.
 
     Returns:
         The directions, by name and layer.
@@ -159,6 +162,11 @@ def load_directions(
             "them, or build the behaviour again with this layer"
         )
     for direction in kept:
+        if note and direction.model_fingerprint is None:
+            logger.info(
+                "%s: %s %r was made elsewhere: which model and tokens it came from is not known",
+                path, direction.kind, direction.name,
+            )  # fmt: skip
         actual = direction.values.shape[1]
         if width is not None and actual != width:
             raise DirectionError(f"{path}: direction {direction.name!r} has width {actual}; expected {width}")
@@ -190,7 +198,6 @@ def _plain(path: Path, name: str, layer: int | None, values: np.ndarray) -> Dire
             "or [K, D]"
         )
     kind: Kind = "vector" if values.ndim == 1 else "bank"
-    logger.info("%s: %s %r was made elsewhere: which model and tokens it came from is not known", path, kind, name)
     with np.errstate(over="ignore"):
         rows = np.atleast_2d(values).astype(np.float32)
     return Direction(name=name, layer=layer, values=rows, kind=kind, origin=str(path))

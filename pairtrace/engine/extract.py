@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from pairtrace.engine.cost import CostMeter, costs_path
@@ -145,8 +146,52 @@ def extract(config: ExtractConfig, progress: Progress = NULL_PROGRESS) -> Extrac
     # An object store has no place beside it.
     path = None if "://" in config.store else costs_path(config.store)
     resumed = path is not None and Path(config.store).exists()
+    _refuse_early(config)
     with CostMeter(method="activation", stage="extract", device=config.device, path=path, resumed=resumed) as meter:
         return _extract(config, meter, progress)
+
+
+def _refuse_early(config: ExtractConfig) -> None:
+    """What can be refused before torch, the tokenizer and the data are loaded; all of it is checked again later.
+
+    Raises:
+        LayerError: a layer is outside the model.
+        ModelError: a local checkpoint has no configuration.
+        StoreError: something else is in the place of the store.
+        StoreMismatchError: the store holds rows that were made from something else.
+    """
+    from pairtrace.engine.architectures import check_layers
+    from pairtrace.engine.checkpoint import described_blocks
+    from pairtrace.store.location import LocalLocation, open_location
+    from pairtrace.store.metadata import has_rows, read_manifest, refuse_foreign_directory
+
+    blocks = described_blocks(config.model)
+    if blocks is not None:
+        check_layers(config.layers, SimpleNamespace(num_hidden_layers=blocks))
+    location = open_location(config.store)
+    if isinstance(location, LocalLocation):
+        refuse_foreign_directory(location)
+        if has_rows(location) and (existing := read_manifest(location)) is not None:
+            existing.require_fields(_known_identity(config, existing))
+
+
+def _known_identity(config: ExtractConfig, existing: Manifest) -> dict[str, Any]:
+    """The part of a store's identity that the settings tell by themselves."""
+    from pairtrace.engine.checkpoint import model_fingerprint
+
+    known: dict[str, Any] = {
+        name: getattr(config, name) for name in ("max_length", "truncation", "dtype", "codec", "sides")
+    }
+    known["layers"] = tuple(sorted(set(config.layers)))
+    # The weights are read later in any case; under another path it is worth reading them now.
+    if Path(config.model).is_dir() and _model_place(config.model) != existing.model:
+        known["model_fingerprint"] = model_fingerprint(config.model)
+    return known
+
+
+def _model_place(model: str) -> str:
+    """Absolute, so that commands can be repeated from any directory; a hub id stays as it is."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
 
 
 def _extract(config: ExtractConfig, meter: CostMeter, progress: Progress) -> ExtractSummary:
@@ -205,8 +250,7 @@ def build_manifest(config: ExtractConfig, source: PairSource, renderer: Renderer
         sides=config.sides,
         shard_rows=min(config.shard_rows or default_shard_rows(source.rows), source.rows),
         compute_dtype=str(resolve_dtype(config.compute_dtype, model_config)).removeprefix("torch."),
-        # Absolute, so that commands can be repeated from any directory; a hub id stays as it is.
-        model=str(Path(config.model).resolve()) if Path(config.model).is_dir() else str(config.model),
+        model=_model_place(config.model),
         model_fingerprint=model_fingerprint(config.model),
         tokenizer_fingerprint=tokenizer_fingerprint,
         template_fingerprint=template_fingerprint,

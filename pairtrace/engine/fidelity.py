@@ -94,7 +94,7 @@ def fidelity_directions(
     if paths:
         deepest, _ = select_directions(store, paths, layer)
         layers = [deepest] if layer is not None else _common_layers(store, paths, deepest)
-        return {one: select_directions(store, paths, one)[1] for one in layers}
+        return {one: select_directions(store, paths, one, note=False)[1] for one in layers}
     if layer is not None:
         store.norms(layer)  # raises where the store lacks it
     return {one: _own_directions(store, one, progress) for one in (store.layers if layer is None else (layer,))}
@@ -189,7 +189,7 @@ def _mean_ranks(values: np.ndarray) -> np.ndarray:
 def _common_layers(store: ActivationStore, paths: Sequence[str], deepest: int) -> list[int]:
     layers_of: dict[str, set[int]] = {}
     for path in paths:
-        for direction in load_directions(path):
+        for direction in load_directions(path, note=False):
             if direction.layer is not None:
                 layers_of.setdefault(direction.name, set()).add(direction.layer)
     # Files that say nothing of layers belong to the only layer of the store.

@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from pairtrace.engine.atomic import require_writable
 from pairtrace.engine.cost import CostMeter, costs_path
-from pairtrace.engine.directions import Direction
+from pairtrace.engine.directions import DIRECTION_SUFFIXES, Direction
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.score_blocks import Scorer, local_scores
 from pairtrace.engine.score_cluster import cluster_scores
@@ -136,11 +137,24 @@ def score(config: ScoreConfig, progress: Progress = NULL_PROGRESS) -> ScoreSumma
         ConfigError: the scores file cannot be written, or the cluster cannot be used.
         MissingDependencyError: `scheduler` without Dask.
     """
+    # What would fail after the scoring fails before it.
+    require_writable(config.out)
+    _refuse_swapped(config)
     with CostMeter(method="activation", stage="score", device="cpu", path=costs_path(config.out)) as meter:
         if config.scheduler is not None:
             # What its workers spend is not measured here.
             meter.extra["scheduler"] = config.scheduler
         return _score(config, meter, progress)
+
+
+def _refuse_swapped(config: ScoreConfig) -> None:
+    if Path(config.store).is_file() and Path(config.store).suffix in DIRECTION_SUFFIXES:
+        store = next((path for path in config.directions if Path(path).is_dir()), None)
+        if store is not None:
+            raise ConfigError(
+                f"the arguments are swapped: {config.store} is a direction file and {store} a directory; the "
+                f"activation store comes first: pairtrace score {store} {config.store}"
+            )
 
 
 def _score(config: ScoreConfig, meter: CostMeter, progress: Progress) -> ScoreSummary:

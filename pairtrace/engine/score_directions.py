@@ -13,8 +13,10 @@ from pairtrace.store.reader import ActivationStore
 logger = logging.getLogger(__name__)
 
 
-def select_directions(store: ActivationStore, paths: Sequence[str], layer: int | None) -> tuple[int, list[Direction]]:
-    """Load the direction files for one layer of the store.
+def select_directions(
+    store: ActivationStore, paths: Sequence[str], layer: int | None, *, note: bool = True
+) -> tuple[int, list[Direction]]:
+    """Load the direction files for one layer of the store; `note` as for `load_directions`.
 
     Returns:
         The layer, and the behaviours at that layer with unique names.
@@ -33,6 +35,7 @@ def select_directions(store: ActivationStore, paths: Sequence[str], layer: int |
             width=store.width,
             model_fingerprint=store.manifest.model_fingerprint,
             tokenizer_fingerprint=store.manifest.tokenizer_fingerprint,
+            note=note,
         )
         for direction in loaded:
             if direction.name in found:
@@ -56,7 +59,7 @@ def _deepest_common_layer(store: ActivationStore, paths: Sequence[str]) -> int:
     listed = []
     for path in paths:
         by_name: dict[str, set[int]] = {}
-        for direction in load_directions(path):
+        for direction in load_directions(path, note=False):
             if direction.layer is not None:
                 by_name.setdefault(direction.name, set()).add(direction.layer)
         for name, layers in by_name.items():

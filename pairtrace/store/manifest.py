@@ -6,6 +6,7 @@ Importing this module costs nothing but the standard library.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -161,10 +162,17 @@ class Manifest:
         Raises:
             StoreMismatchError: for the first field of the identity that differs.
         """
+        self.require_fields({name: getattr(expected, name) for name in IDENTITY})
+
+    def require_fields(self, expected: Mapping[str, Any]) -> None:
+        """`require_same` for some fields of the identity.
+
+        Raises:
+            StoreMismatchError: for the first one that differs.
+        """
         for name in IDENTITY:
-            actual, wanted = getattr(self, name), getattr(expected, name)
-            if actual != wanted:
-                raise StoreMismatchError(name, wanted, actual, _ADVICE)
+            if name in expected and getattr(self, name) != expected[name]:
+                raise StoreMismatchError(name, expected[name], getattr(self, name), _ADVICE)
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as a JSON object (tuples become lists)."""

@@ -75,6 +75,11 @@ def refuse_foreign_directory(location: LocalLocation) -> None:
     raise StoreError(f"{root} exists, is not empty and is not a pairtrace store; choose another path for the new store")
 
 
+def has_rows(location: LocalLocation) -> bool:
+    """Whether the mark of a shard is there; `discard_unmarked` clears other stores away."""
+    return any(key.startswith("status/c/") for key in location.list_keys())
+
+
 def create_store(location: Location, manifest: Manifest, *, durable: bool) -> None:
     """Create an empty store, the manifest last. A local store must be locked by the caller.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +31,7 @@ from pairtrace.store.reader import ActivationStore
 from pairtrace.store.writer import StoreWriter
 from tests.engine.extraction import config_for, pair, write_rows
 from tests.models import HH, make_model, make_tokenizer
+from tests.store.samples import make_manifest, write_store
 
 pytestmark = pytest.mark.skipif(not HH.is_file(), reason="needs ../shared/data")
 
@@ -168,6 +171,35 @@ def test_a_store_of_another_model_is_not_resumed(model: Path, tmp_path: Path) ->
     make_model("olmo2", other, seed=1)
     with pytest.raises(StoreMismatchError, match="model_fingerprint"):
         extract(replace(config, model=str(other)))
+
+
+def test_what_needs_no_model_library_is_refused_without_one(tmp_path: Path) -> None:
+    """Layers, places and settings are checked before torch or transformers are imported, which takes long."""
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text('{"num_hidden_layers": 8}')
+    (model / "model.safetensors").write_bytes(b"")
+    (tmp_path / "file").write_text("x")
+    write_store(tmp_path / "acts.zarr", make_manifest(model="/elsewhere"))
+    write_store(tmp_path / "same.zarr", make_manifest(model=str(model)))
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys(("torch", "transformers")))
+from pairtrace.engine.extract import ExtractConfig, extract
+for store, layers in (("new", (2, 9)), ("file", (2, 5)), ("acts.zarr", (2, 5)), ("same.zarr", (2, 6))):
+    place = {str(tmp_path)!r} + "/" + store
+    try:
+        extract(ExtractConfig(data="absent", model={str(model)!r}, layers=layers, store=place))
+    except ValueError as error:
+        print(type(error).__name__, error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("LayerError layer 9 is outside this model: expected 0 (embedding output) to 8")
+    assert lines[1].startswith(f"StoreError {tmp_path}/file is a file, not an activation store")
+    assert lines[2].startswith("StoreMismatchError the store's model_fingerprint is")
+    assert lines[3].startswith("StoreMismatchError the store's layers is (2, 5), but (2, 6) is needed")
+    assert not (tmp_path / "new").exists()
 
 
 def test_second_writer(model: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,8 +12,10 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from pairtrace.engine import score_blocks
+from pairtrace.engine.convert import ConvertConfig, convert
 from pairtrace.engine.directions import Direction, save_directions
 from pairtrace.engine.score import ScoreConfig, score
 from pairtrace.engine.scores_table import ScoresTable
@@ -23,6 +26,7 @@ from pairtrace.errors import (
     DirectionError,
     LayerError,
     StoreDamagedError,
+    StoreError,
     StoreIncompleteError,
 )
 from tests.engine.small_store import MODEL, TEMPLATE, TOKENIZER, SmallStore, any_values, make_store, reference_cosine
@@ -285,6 +289,50 @@ def test_a_failed_run_leaves_the_old_file(store: SmallStore, tmp_path: Path, mon
         run(store, tmp_path / "s.parquet", file)
     assert (tmp_path / "s.parquet").read_bytes() == before
     assert not list(tmp_path.glob(".*partial"))
+
+
+def test_places_that_cannot_be_written_are_refused_before_the_scoring(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dir.parquet").mkdir()
+    (tmp_path / "file").write_text("x")
+    for out, message in (
+        ("dir.parquet", "it is a directory"),
+        ("file/scores.parquet", "is a file, not a directory"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            # Were it not refused first, the absent store would be.
+            score(ScoreConfig(store=str(tmp_path / "absent"), directions=("b.npy",), out=str(tmp_path / out)))
+    assert not list((tmp_path / "dir.parquet").iterdir())
+    monkeypatch.setattr("pairtrace.engine.atomic.os.access", lambda place, mode: False)
+    with pytest.raises(ConfigError, match=f"no permission to write to {tmp_path}"):
+        score(ScoreConfig(store=str(tmp_path / "absent"), directions=("b.npy",), out=str(tmp_path / "s.parquet")))
+
+
+def test_swapped_arguments_and_files_that_are_no_stores_are_told(store: SmallStore, tmp_path: Path) -> None:
+    direction = tmp_path / "b.npy"
+    np.save(direction, np.ones(24, np.float32))
+    out = str(tmp_path / "s.parquet")
+    with pytest.raises(ConfigError, match=rf"swapped.*: pairtrace score {store.path} {direction}"):
+        score(ScoreConfig(store=str(direction), directions=(str(store.path),), out=out))
+    with pytest.raises(StoreError, match=rf"{direction} is a file, not an activation store \(a directory\)"):
+        score(ScoreConfig(store=str(direction), directions=(str(direction),), out=out))
+
+
+def test_a_direction_made_elsewhere_is_noted_once(
+    store: SmallStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    direction = tmp_path / "b.safetensors"
+    save_file({"b/5": np.ones(24, np.float32), "b/2": np.ones(24, np.float32)}, direction)
+    caplog.set_level(logging.INFO)
+    score(ScoreConfig(store=str(store.path), directions=(str(direction),), out=str(tmp_path / "s.parquet")))
+    assert caplog.text.count("made elsewhere") == 1
+    caplog.clear()
+    settings = ConvertConfig(
+        source=str(store.path), out=str(tmp_path / "c"), dtype="int8", directions=(str(direction),), fsync=False
+    )
+    assert {one.layer for one in convert(settings).fidelity} == {2, 5}
+    assert caplog.text.count("made elsewhere") == 1
 
 
 def test_other_files_are_no_scores_files(tmp_path: Path) -> None:
