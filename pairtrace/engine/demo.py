@@ -168,8 +168,8 @@ class _Stages:
             state = json.loads(path.read_text(encoding="utf-8"))
             if state["settings"] != settings:
                 raise ConfigError(
-                    f"{path.parent} holds a demo with {state['settings']}, but {settings} was asked for; "
-                    "give another --out"
+                    f"{path.parent} holds another demo, perhaps of another version of pairtrace: "
+                    f"{'; '.join(_differences(state['settings'], settings))}; give another --out, or remove it"
                 )
             self._state = state
 
@@ -187,6 +187,20 @@ class _Stages:
                 temporary.write_text(json.dumps(self._state, indent=1), encoding="utf-8")
         kept: dict[str, Any] = stages[name]["figures"]
         return kept
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Settings that differ, in words; those of the organism one by one."""
+    flat = [
+        {name: value for name, value in {**settings, **settings.get("organism", {})}.items() if name != "organism"}
+        for settings in (found, wanted)
+    ]
+    there, now = ({name: repr(value) for name, value in settings.items()} for settings in flat)
+    return [
+        f"{name} is {there.get(name, 'absent')} there and {now.get(name, 'absent')} now"
+        for name in {**there, **now}
+        if there.get(name) != now.get(name)
+    ]
 
 
 def ranking_figures(scores: np.ndarray, kinds: np.ndarray) -> dict[str, float]:

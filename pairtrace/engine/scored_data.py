@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pairtrace.engine.inputs import open_tables
 from pairtrace.engine.pairs import PairSource, open_pairs
 from pairtrace.engine.scores_table import ScoresTable
 from pairtrace.errors import DataError, DataFormatError, DataMismatchError, MissingDependencyError
@@ -67,6 +68,8 @@ def open_recorded(
         )
     except (DataError, MissingDependencyError) as error:
         if data is not None:
+            if isinstance(error, DataFormatError):
+                _explain_other_columns(made_from, data, split, owner, error)
             raise
         raise DataError(
             f"the data cannot be opened where the store recorded it, {place!r}: {error}; say where it is with --data"
@@ -81,6 +84,25 @@ def open_recorded(
                 f"made from {made_from['data']}); its rows would be the wrong ones"
             )
     return source
+
+
+def _explain_other_columns(
+    made_from: Mapping[str, Any], data: str | Path, split: str | None, owner: str, error: DataFormatError
+) -> None:
+    """Say that it is other data where columns are missing whose names nobody has given.
+
+    Raises:
+        DataFormatError: the data cannot be read at all.
+        DataMismatchError: it lacks columns that the store was made from.
+    """
+    found = [column for table in open_tables(data, split) for column in table.columns]
+    needed = {role: column for role, column in made_from["columns"].items() if column is not None}
+    if not set(needed.values()) <= set(found):
+        expected = ", ".join(f"{role} in {column!r}" for role, column in needed.items())
+        raise DataMismatchError(
+            f"{data} is not the data behind {owner}: expected is {made_from['data_format']} ({expected}), made from "
+            f"{made_from['data']}; its columns are {', '.join(dict.fromkeys(found)) or 'none'}"
+        ) from error
 
 
 def _store_manifest(table: ScoresTable) -> dict[str, Any]:

@@ -330,6 +330,7 @@ def _explain_write_errors(location: Location, action: str, *, resumable: bool = 
     try:
         yield
     except OSError as error:
-        why = _REASONS.get(error.errno or 0, str(error))
+        why = _REASONS.get(error.errno or 0)
+        said = str(error) if why is None else f"{why} ({error})"
         safe = "; every finished shard is safe, run the same command again to go on" if resumable else ""
-        raise StoreWriteError(f"{location.name}: cannot {action}: {why}{safe} ({error})") from error
+        raise StoreWriteError(f"{location.name}: cannot {action}: {said}{safe}") from error

@@ -37,6 +37,17 @@ def test_figures_by_hand() -> None:
     assert figures["roc_auc"] == pytest.approx((3 + 2 + 0.5) / 9)
 
 
+def test_a_demo_of_another_version_is_told_by_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "demo.json"
+    older = {"samples": 8, "layer": 4, "organism": {"seed": 0, "width": 64}}
+    path.write_text(json.dumps({"settings": older, "stages": {}}))
+    with pytest.raises(ConfigError) as caught:
+        demo._Stages(path, {**older, "samples": 4, "organism": {"seed": 0, "width": 64, "leak": 0.1}})
+    expected = "samples is 8 there and 4 now; leak is absent there and 0.1 now; give another --out, or remove it"
+    assert str(caught.value).endswith(f"perhaps of another version of pairtrace: {expected}")
+    demo._Stages(path, older)
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[DemoConfig, dict[str, object]]:
     out = tmp_path_factory.mktemp("demo")

@@ -207,6 +207,23 @@ def test_scores_of_other_data_and_second_edits_are_refused(tmp_path: Path) -> No
     assert not (tmp_path / "b.parquet").exists()
 
 
+def test_data_with_other_columns_is_not_the_data_that_the_scores_rank(tmp_path: Path) -> None:
+    rows = [{"prompt": f"q {i}", "chosen": "a", "rejected": "b"} for i in range(20)]
+    path = write_scored(tmp_path / "s.parquet", pair_files.write_jsonl(tmp_path, rows), np.linspace(-1, 1, 20))
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"chosen": "\\n\\nHuman: q\\n\\nAssistant: a", "rejected": "x"}\n' * 20)
+    config = {"scores": path, "out": str(tmp_path / "b.parquet"), "action": "filter", "rule": SelectionRule(k=1)}
+    with pytest.raises(DataMismatchError) as caught:
+        edit(EditConfig(**config, data=str(other)))
+    message = str(caught.value)
+    assert f"{other} is not the data behind {path}: expected is standard (" in message
+    assert "prompt in 'prompt'" in message
+    assert message.endswith("its columns are chosen, rejected") and "option" not in message
+    other.write_text("{")
+    with pytest.raises(DataFormatError, match=r"other.jsonl"):
+        edit(EditConfig(**config, data=str(other)))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -101,6 +101,7 @@ def test_operating_system_errors_are_explained(
         with pytest.raises(StoreWriteError, match=words) as caught:
             writer.flush()
     message = str(caught.value)
+    assert message.count(os.strerror(number)) == 1
     assert str(tmp_path) in message and "shard 1 (rows 4 to 7)" in message and "run the same command again" in message
 
 
