@@ -141,6 +141,10 @@ class ChangeRecord:
                     found = json.loads(metadata[DIGESTS_KEY])
                     digests = {name: str(found[name]) for name in ("original", "edited")}
             schema = pa.ipc.read_schema(pa.py_buffer(metadata[SCHEMA_KEY]))
+            if version in READABLE and not {manifest["columns"][side] for side in ("chosen", "rejected")} <= {
+                *schema.names
+            }:
+                raise ValueError("its columns are not those of its settings")
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError) as error:
             raise DataFormatError(f"{path} is damaged: its metadata cannot be read: {error!r}") from error
         if version not in READABLE:

@@ -120,7 +120,13 @@ def _open_record(edited: str, changes: str | None) -> ChangeRecord:
         DataFormatError: a file cannot be read or is damaged.
         DataMismatchError: the data is not edited data, or the record is another one's.
     """
-    metadata = file_metadata(edited)
+    try:
+        metadata = file_metadata(edited)
+    except DataFormatError as error:
+        raise DataFormatError(
+            f"{error}; expected is the data that pairtrace edit wrote (its --out); only a change record that lies "
+            "elsewhere is given with --changes"
+        ) from error
     if SCHEMA_KEY in metadata:
         raise DataMismatchError(
             f"{edited} is a change record; give the edited data beside it, "

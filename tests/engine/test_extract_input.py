@@ -202,6 +202,16 @@ for store, layers in (("new", (2, 9)), ("file", (2, 5)), ("acts.zarr", (2, 5)), 
     assert not (tmp_path / "new").exists()
 
 
+def test_checkpoint_and_data_are_recorded_with_their_whole_paths(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    rows = write_rows(model.parent / "short.jsonl", [pair("hi", "yes", "no")])
+    extract(replace(config_for(Path(model.name), tmp_path / "acts.zarr", limit=None), data=rows.name))
+    manifest = ActivationStore.open(tmp_path / "acts.zarr").manifest
+    assert (manifest.model, manifest.data) == (str(model), str(rows))
+
+
 def test_second_writer(model: Path, tmp_path: Path) -> None:
     config = config_for(model, tmp_path / "acts.zarr", limit=16)
     extract(config)

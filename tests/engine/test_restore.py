@@ -156,10 +156,12 @@ def test_metadata_that_cannot_be_read_is_an_error_with_words(edited: Path) -> No
         (change_record.EDIT_KEY, b"{"),
         (change_record.EDIT_KEY, b"[]"),
         (change_record.EDIT_KEY, json.dumps({"schema_version": 2}).encode()),
+        (change_record.EDIT_KEY, whole[change_record.EDIT_KEY].replace(b'"chosen": "chosen"', b'"chosen": "chosem"')),
         (change_record.SCHEMA_KEY, whole[change_record.SCHEMA_KEY][:40] + b"\xff" * 60),
     ]
+    digests = change_record.file_metadata(changes_of(edited))[change_record.DIGESTS_KEY].decode()
     for key, value in damaged:
-        pq.write_table(record.replace_schema_metadata({**whole, key: value}), changes_of(edited))
+        rewrite(changes_of(edited), record.replace_schema_metadata({**whole, key: value}), pairtrace_digests=digests)
         with pytest.raises(DataFormatError, match="is damaged: its metadata cannot be read"):
             restored(edited)
 
@@ -175,7 +177,7 @@ def test_wrong_arguments(edited: Path) -> None:
         restore(str(edited), str(edited.parent / "." / edited.parent.name / ".." / edited.name))
     with pytest.raises(ConfigError, match=r"ends in \.parquet"):
         restore(str(edited), str(edited.with_name("x.jsonl")))
-    with pytest.raises(DataFormatError, match=r"cannot read .*absent.parquet"):
+    with pytest.raises(DataFormatError, match=r"cannot read .*absent.parquet.*--changes"):
         restore(str(edited.with_name("absent.parquet")), out)
     changes_of(edited).rename(edited.with_name("moved.parquet"))
     with pytest.raises(DataFormatError, match=r"say where it is with --changes"):
