@@ -15,7 +15,7 @@ def test_compilation_is_noted_once_and_only_where_it_happens(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(compiled, "_told", threading.Event())
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, logger=compiled.__name__)
 
     def twice(value: float) -> float:
         return 2 * value
