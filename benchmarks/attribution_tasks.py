@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,9 @@ def run_tasks(tasks: Sequence[Task], work: Path, processes: int = 2) -> tuple[di
     waiting = [task for task in tasks if task.name not in done]
     failed: set[str] = set()
     say(f"{len(done)} of {len(tasks)} tasks are done, {len(waiting)} to run")
-    os.environ |= ONE_THREAD
     begun = time.perf_counter()
     # Fresh processes: a forked one would share the state of libraries that have been started here.
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with _environment(ONE_THREAD), ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         running: dict[Future[dict[str, Any]], Task] = {}
         while waiting or running:
             blocked = [task for task in waiting if failed & set(task.needs)]
@@ -126,3 +126,15 @@ def run_tasks(tasks: Sequence[Task], work: Path, processes: int = 2) -> tuple[di
                 minutes = (time.perf_counter() - begun) / 60
                 say(f"{minutes:5.1f} min  {len(done)}/{len(tasks)}  {task.name}: {done[task.name]['seconds']:.0f} s")
     return done, [task.name for task in tasks if task.name in failed]
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Variables for processes that are started meanwhile."""
+    before = dict(os.environ)
+    os.environ |= values
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ |= before

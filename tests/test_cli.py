@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +29,6 @@ GROUPS = ("store", "baseline")
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    """The command line sets up logging for its process, here for one test."""
-    root, package = logging.getLogger(), logging.getLogger("pairtrace")
-    handlers, levels = list(root.handlers), (root.level, package.level)
-    yield
-    root.handlers = handlers
-    root.setLevel(levels[0])
-    package.setLevel(levels[1])
 
 
 @pytest.fixture(scope="module")

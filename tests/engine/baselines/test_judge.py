@@ -170,7 +170,7 @@ def test_retry_after_holds_back_every_question(store: SmallStore, tmp_path: Path
     [
         ("12", 12, 12),
         ("1.5", 1.5, 1.5),
-        (format_datetime(datetime.now(UTC) + timedelta(seconds=600)), 1, 600),
+        (format_datetime(datetime.now(UTC) + timedelta(days=2)), 900, 900),
         ("-5", 0, 0),
         ("1e9", 900, 900),
     ],
