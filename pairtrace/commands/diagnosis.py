@@ -34,7 +34,7 @@ def _diagnose(
     device: Device = "auto",
     json: Json = False,
 ) -> Answer:
-    """Tell whether editing the top of a ranking is likely to work: concentrated, mixed or diffuse, and why."""
+    """Tell whether editing the top of a ranking is likely to work: concentrated, mixed, diffuse or undecided."""
     options = settings(locals())
     from pairtrace.engine.diagnosis.config import DiagnoseConfig
     from pairtrace.engine.diagnosis.diagnose import diagnose

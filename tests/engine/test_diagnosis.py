@@ -134,7 +134,7 @@ def test_what_is_not_there_is_not_measured(tmp_path: Path) -> None:
     shutil.move(case.directions, tmp_path / "moved.safetensors")
     found = found_for(case)
     assert "--directions" in found.shift.not_measured  # type: ignore[union-attr]
-    assert not isinstance(found.length, NotMeasured) and found.verdict in ("mixed", "diffuse")
+    assert not isinstance(found.length, NotMeasured) and found.verdict == "undecided"
     assert found_for(case, directions=str(tmp_path / "moved.safetensors")).shift is not None
     shutil.move(case.store, tmp_path / "moved.zarr")
     found = found_for(case)
@@ -159,7 +159,7 @@ def test_a_file_with_the_best_rows_is_scored_again(tmp_path: Path) -> None:
         found_for(best)
 
 
-def test_a_baseline_is_mixed_at_most(cases: dict[str, Case], tmp_path: Path) -> None:
+def test_a_baseline_is_undecided(cases: dict[str, Case], tmp_path: Path) -> None:
     store = ActivationStore.open(cases["concentrated"].store)
     rng = np.random.default_rng(1)
     even = rng.normal(size=store.rows).astype(np.float32)
@@ -169,13 +169,52 @@ def test_a_baseline_is_mixed_at_most(cases: dict[str, Case], tmp_path: Path) -> 
     write_baseline(store, out, {"random": even, "heavy": heavy, "equal": equal}, method="random", details={})
     case = Case(**{**vars(cases["concentrated"]), "scores": str(out)})
     flat, top = found_for(case, behavior="random"), found_for(case, behavior="heavy")
-    assert (flat.verdict, flat.method, top.verdict) == ("diffuse", "random", "mixed")
+    assert (flat.verdict, flat.method, top.verdict) == ("undecided", "random", "undecided")
+    assert "'random'" in flat.reason
     same = found_for(case, behavior="equal")
-    assert same.verdict == "diffuse" and "NaN" not in json.dumps(same.to_dict())
+    assert same.verdict == "undecided" and "NaN" not in json.dumps(same.to_dict())
     assert "'random'" in top.likeness.not_measured  # type: ignore[union-attr]
     assert not isinstance(top.length, NotMeasured)
     with pytest.raises(ConfigError, match="--rollouts"):
         found_for(case, behavior="random", rollouts="r.parquet")
+
+
+@pytest.mark.parametrize("name", sorted(SHAPES))
+def test_a_store_that_is_away_changes_no_verdict_into_another(tmp_path: Path, name: str) -> None:
+    """What is not measured must not read as a finding: there is no verdict then, whatever the other end looks like."""
+    case = write_case(tmp_path, rows_of(**SHAPES[name]))
+    shutil.move(case.store, tmp_path / "away.zarr")
+    found = found_for(case)
+    assert found.verdict == "undecided" and "not decidable" in found.reason and "--store" in found.reason
+
+
+def _advice(found: Diagnosis) -> str:
+    return next(one.advice for one in found.findings if one.figure.endswith("beyond the other end"))
+
+
+def test_opposite_pairs_are_named_only_where_they_are(cases: dict[str, Case], tmp_path: Path) -> None:
+    case = cases["concentrated"]
+    turned = write_case(tmp_path / "turned", -rows_of(plain=700, planted=60))
+    assert _advice(found_for(case)) == "The top is heavier than the bottom."
+    assert "opposite" in _advice(found_for(turned)) and "--null random" in _advice(found_for(turned))
+    even = _advice(found_for(cases["clean"]))
+    assert "do not differ" in even and "opposite" not in even and "--null random" not in even
+    store = ActivationStore.open(case.store)
+    light = -np.random.default_rng(1).exponential(size=store.rows).astype(np.float32)
+    out = tmp_path / "baseline.parquet"
+    write_baseline(store, out, {"light": light}, method="length", details={})
+    found = _advice(found_for(Case(**{**vars(case), "scores": str(out)}), behavior="light"))
+    assert "bottom is heavier" in found and "--null random" not in found
+
+
+def test_the_length_figure_names_its_unit(cases: dict[str, Case], tmp_path: Path) -> None:
+    def shown(found: Diagnosis) -> str:
+        return next(one.value for one in found.findings if one.figure == "top explained by length")
+
+    assert shown(found_for(cases["concentrated"])).endswith("(length in tokens)")
+    away = write_case(tmp_path, rows_of(plain=120))
+    shutil.rmtree(away.store)
+    assert shown(found_for(away, data=away.data)).endswith("(length in characters)")
 
 
 def test_other_files_are_refused(cases: dict[str, Case], tmp_path: Path) -> None:
@@ -183,6 +222,8 @@ def test_other_files_are_refused(cases: dict[str, Case], tmp_path: Path) -> None
     turned = write_case(tmp_path / "turned", rows_of(plain=120), bank=-case.bank)
     with pytest.raises(DataMismatchError, match=r"is not the store that .* its data_fingerprint is"):
         found_for(case, store=turned.store)
+    with pytest.raises(DataMismatchError, match="is not the data behind"):
+        found_for(case, data=turned.data)
     with pytest.raises(StoreError, match="nowhere"):
         found_for(case, store=str(tmp_path / "nowhere.zarr"))
     with pytest.raises(DirectionError, match="nowhere"):

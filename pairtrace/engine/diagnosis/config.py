@@ -24,7 +24,7 @@ class DiagnoseConfig:
         rollouts: rollouts file of the behaviour, whose rollouts are then read through the base model; None leaves the
             bootstrap over rollouts out.
         base: the base model that reads them; None takes the path that the direction file recorded.
-        data: the preference data, for lengths in characters where there is no store.
+        data: the preference data, for lengths in characters where there is no store; checked in any case.
         split: of a data set that has several.
         k: size of the top; None takes 5 % of the ranked pairs.
         resamples: bootstrap samples.

@@ -47,6 +47,7 @@ from pairtrace.engine.diagnosis.null import data_like, sample_units, sphere_like
 from pairtrace.engine.diagnosis.sweep import Group, Swept, sweep, thinned
 from pairtrace.engine.diagnosis.verdict import Verdict, judge
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
+from pairtrace.engine.scored_data import open_scored_data
 from pairtrace.engine.scores_table import ScoresTable
 from pairtrace.errors import ConfigError
 from pairtrace.store.layout import OK
@@ -66,7 +67,7 @@ class Diagnosis:
         method: that made the scores.
         pairs: n, ranked pairs.
         k: size of the top.
-        verdict: "concentrated", "mixed" or "diffuse".
+        verdict: "concentrated", "mixed" or "diffuse"; "undecided" where the figures that decide are not measured.
         reason: what decided it, in one sentence.
         findings: every figure that has a threshold, with one sentence of advice.
         likeness: pairs that look like the behaviour's own prompts.
@@ -123,13 +124,16 @@ def diagnose(config: DiagnoseConfig, progress: Progress = NULL_PROGRESS) -> Diag
         DataFormatError: not a scores file.
         ConfigError: `behavior` or `k` cannot be used, too few pairs have a rank, or the file holds the best rows only
             and the others cannot be scored again.
-        DataMismatchError: a store, direction file or rollouts file that was given belongs to other scores.
+        DataMismatchError: a store, direction file, rollouts file or data that was given belongs to other scores.
         StoreError, DirectionError, DataError, ModelError: a file that was given cannot be used.
     """
     begun = time.perf_counter()
     table = ScoresTable.open(config.scores, allow_top=True)
     name = table.choose(config.behavior)
     store = open_store(table, config)
+    if config.data is not None:
+        # Lengths come from the store where there is one; data that belongs to other scores is an error all the same.
+        open_scored_data(table, config.data, config.split)
     behavior = find_behavior(table, name, store, config)
     pairs = read_scores(table, name) if table.keep_top is None else _scored_again(table, store, behavior, progress)
     count = len(pairs.rows)

@@ -137,16 +137,23 @@ def _excess_findings(measured: Measured) -> list[Finding]:
             )
         )
     flipped = measured.flipped
-    heavier = flipped.interval[0] > 0
+    low, high = flipped.interval
+    heavier = low > 0
+    if heavier:
+        advice = "The top is heavier than the bottom."
+    elif high >= 0:
+        advice = "The top and the bottom do not differ: by itself this speaks for nothing, and --fdr may take no pair."
+    elif isinstance(measured.random, NotMeasured):
+        advice = "The bottom is heavier than the top: --fdr may take no pair."
+    else:
+        advice = "The bottom is heavier: pairs that teach the opposite are there; for --fdr take --null random."
     found.append(
         Finding(
             figure=f"pairs above {flipped.threshold:.2f} beyond the other end",
-            value=f"{flipped.excess:,.0f} ({flipped.interval[0]:,.0f} to {flipped.interval[1]:,.0f})",
+            value=f"{flipped.excess:,.0f} ({low:,.0f} to {high:,.0f})",
             threshold="low end > 0",
             says="for" if heavier else "note",
-            advice="The top is heavier than the bottom."
-            if heavier
-            else "The bottom is as heavy: pairs that teach the opposite are there; for --fdr take --null random.",
+            advice=advice,
         )
     )
     return found
@@ -221,7 +228,7 @@ def _confounding_findings(measured: Measured) -> list[Finding]:
         found.append(
             _finding(
                 "top explained by length",
-                f"{length.top_explained:.0%}, Spearman {rho}",
+                f"{length.top_explained:.0%}, Spearman {rho} (length in {length.unit})",
                 f"<= {EXPLAINED:.0%}",
                 length.top_explained <= EXPLAINED,
                 (

@@ -21,7 +21,7 @@ from pairtrace.engine.diagnosis.findings import (
     findings,
 )
 
-Verdict = Literal["concentrated", "mixed", "diffuse"]
+Verdict = Literal["concentrated", "mixed", "diffuse", "undecided"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +42,10 @@ class Judged:
 def judge(measured: Measured) -> Judged:
     """Weigh the figures.
 
-    The tail decides between the three verdicts; a ranking that is unstable or that length explains is at most mixed.
-    Without the behaviour's own prompts, or without directions, what stands out cannot be told from look-alikes: then
-    the verdict is mixed at most.
+    The tail decides between concentrated, mixed and diffuse; a ranking that is unstable or that length explains is at
+    most mixed. Without the behaviour's own prompts, what stands out cannot be told from look-alikes: then the verdict
+    is mixed at most. Without random directions (no store, no direction file, or scores of a method that has none) there
+    is nothing to say what chance would give: such a ranking is undecided, whatever its other end looks like.
     """
     verdict, reason = _tail(measured)
     doubts = _doubts(measured)
@@ -57,9 +58,8 @@ def _tail(measured: Measured) -> tuple[Verdict, str]:
     """What the upper tail says, in the order of what is known."""
     alike = measured.likeness
     if isinstance(measured.random, NotMeasured):
-        if measured.flipped.interval[0] <= 0:
-            return "diffuse", "the top is no heavier than the ranking's other end"
-        return "mixed", "the top is heavier than the other end, but there is no direction to say what chance would give"
+        why = measured.random.not_measured
+        return "undecided", f"not decidable, for want of random directions to compare with: {why}"
     far = far_tail(measured.random)
     if isinstance(alike, NotMeasured):
         if far.interval[0] <= 0:
