@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from typing import Annotated, Any
 
@@ -88,8 +89,17 @@ def _options(
     logging.getLogger("pairtrace").setLevel(logging.WARNING if quiet else logging.INFO)
 
 
+def _terminate(number: int, _: Any) -> None:
+    """Leave as an interrupted run leaves: what it has done and what it cost is written."""
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
-    """Run the command line. Exit code 0 only on success: 1 for an error, 2 for wrong usage, 130 when interrupted."""
+    """Run the command line.
+
+    Exit code 0 only on success: 1 for an error, 2 for wrong usage, 130 when interrupted, 143 when terminated.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
     app()
 
 

@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".costs.jsonl"
 # Device of a stage whose model runs on somebody else's machine: it holds no device here and is paid by the token.
 API = "api"
-# A killed process loses at most this much of its record, in seconds.
-_SAVE_EVERY = 20.0
+# Seconds between the first saves of a record, and between those of a long stage: what a killed process loses at most.
+_FIRST_INTERVAL, _LONGEST_INTERVAL = 2.0, 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +107,8 @@ class CostMeter:
 
     Args:
         method, stage, device, devices: as in `CostRecord`; "auto" stands for the device that "auto" would choose.
-        path: costs file that gets the record, while the block runs (every 20 seconds in which `add` is called) and
-            when it ends; None writes nothing.
+        path: costs file that gets the record: at the first `add`, at later ones when 2 seconds have gone by since (then
+            4, 8, 16, and 20 from there on), and when the block ends; None writes nothing.
         resumed: keep the records that the file has of this stage, because this run goes on with their product. Else
             they are replaced. Records of other stages always stay.
 
@@ -155,7 +155,7 @@ class CostMeter:
             torch.cuda.reset_peak_memory_stats(self._device)
         self._ended = None
         self._begun, self._cpu_begun = time.perf_counter(), _cpu_seconds()
-        self._saved = self._begun
+        self._next_save, self._interval = self._begun, _FIRST_INTERVAL
         return self
 
     def __exit__(
@@ -168,8 +168,12 @@ class CostMeter:
         self._ended = self.record
         if error is None:
             self._save()
-        elif any((self._tokens, self._flops, self._prompt_tokens, self._completion_tokens)):
+        elif self._counted:
             self._save_if_possible()
+
+    @property
+    def _counted(self) -> bool:
+        return any((self._tokens, self._flops, self._prompt_tokens, self._completion_tokens))
 
     def _save_if_possible(self) -> None:
         """Keep the record of an interrupted run; its own error is the one to report."""
@@ -187,8 +191,9 @@ class CostMeter:
         self._prompt_tokens += api_prompt_tokens
         self._completion_tokens += api_completion_tokens
         now = time.perf_counter()
-        if self._path is not None and now - self._saved >= _SAVE_EVERY:
-            self._saved = now
+        if self._path is not None and now >= self._next_save and self._counted:
+            self._next_save = now + self._interval
+            self._interval = min(2 * self._interval, _LONGEST_INTERVAL)
             self._save()
 
     @property

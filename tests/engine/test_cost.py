@@ -92,16 +92,23 @@ def test_interrupted_and_resumed_runs_add_up(tmp_path: Path) -> None:
     assert [(cost.stage, cost.model_tokens) for cost in read_costs(path)] == [("other", 10), ("train", 7)]
 
 
-def test_a_running_stage_is_saved_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a killed process leaves."""
-    monkeypatch.setattr("pairtrace.engine.cost._SAVE_EVERY", 0.0)
+def test_a_running_stage_is_saved_soon_and_then_ever_more_rarely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a process leaves that is killed at each second of a minute."""
+    clock = [100.0]
+    monkeypatch.setattr("pairtrace.engine.cost.time.perf_counter", lambda: clock[0])
     path = tmp_path / "a.costs.jsonl"
+    lost = []
     with CostMeter(method="m", stage="s", device="cpu", path=path) as meter:
-        meter.add(tokens=1)
-        assert [cost.model_tokens for cost in read_costs(path)] == [1]
-        meter.add(tokens=1)
-        assert [cost.model_tokens for cost in read_costs(path)] == [2]
-    assert [cost.model_tokens for cost in read_costs(path)] == [2]
+        assert not path.exists()
+        for second in range(60):
+            clock[0] = 100.0 + second
+            meter.add(tokens=1)
+            (left,) = read_costs(path)
+            lost.append(second + 1 - left.model_tokens)
+    assert [second for second, tokens in enumerate(lost) if tokens == 0] == [0, 2, 6, 14, 30, 50]
+    assert [cost.model_tokens for cost in read_costs(path)] == [60]
 
 
 def test_the_table_adds_runs_and_stages(tmp_path: Path) -> None:

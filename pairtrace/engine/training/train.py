@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from pairtrace.engine.cost import CostRecord, read_costs
 from pairtrace.engine.memory import is_out_of_memory
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.training.config import TrainConfig
@@ -37,9 +38,12 @@ class TrainSummary:
         first_loss: loss of the first step; ln 2 for the plain DPO loss.
         last_loss: mean loss of the last tenth of the steps (at least ten of them, where there are).
         last_accuracy: share of pairs whose implicit reward was right in those steps.
-        tokens: tokens of this run's training passes, without padding.
-        flops: of this run, the reference pass included.
-        seconds: wall time of this run, loading included.
+        tokens: tokens of the training passes of the process that finished the run, without padding.
+        flops: of this process, its reference pass included.
+        seconds: wall time of this process, loading included.
+        all_processes: what the run cost with all that was interrupted, out of its costs file: `records` (one for each
+            stage of each process), `wall_seconds` and `device_seconds` (without loading), `model_tokens` (those of the
+            reference pass included) and `flops`.
         settings: the settings that decide the weights.
         already_complete: nothing was left to do.
     """
@@ -59,6 +63,7 @@ class TrainSummary:
     tokens: int
     flops: float
     seconds: float
+    all_processes: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     already_complete: bool = False
 
@@ -105,6 +110,7 @@ def train(config: TrainConfig, progress: Progress = NULL_PROGRESS) -> TrainSumma
             **outcome.figures,
             out=str(config.out),
             seconds=time.perf_counter() - begun,
+            all_processes=_totals(read_costs(directory.partial / COSTS)),
             settings=config.identity(),
         )
         record = {
@@ -120,6 +126,11 @@ def train(config: TrainConfig, progress: Progress = NULL_PROGRESS) -> TrainSumma
     finally:
         lock.release()
     return summary
+
+
+def _totals(records: list[CostRecord]) -> dict[str, float]:
+    names = ("wall_seconds", "device_seconds", "model_tokens", "flops")
+    return {"records": len(records), **{name: sum(getattr(record, name) for record in records) for name in names}}
 
 
 def _require_libraries() -> None:
