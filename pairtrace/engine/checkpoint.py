@@ -178,6 +178,24 @@ def weight_files(path: Path) -> list[Path]:
     return files
 
 
+def require_whole_weights(path: Path) -> None:
+    """Find a half-written file before any work: its header says how long it must be.
+
+    Raises:
+        ModelError: weights are missing, damaged or half written.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for file in weight_files(path):
+        try:
+            with safe_open(file, framework="numpy"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{file} is damaged or half written ({error}); wait until it is complete, or write it again"
+            ) from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pairtrace.engine.checkpoint import model_fingerprint, resolve_checkpoint, resolve_device, weight_files
+from pairtrace.engine.checkpoint import model_fingerprint, require_whole_weights, resolve_checkpoint, resolve_device
 from pairtrace.engine.evaluation.config import EvaluateConfig
 from pairtrace.engine.evaluation.requests import Request
 from pairtrace.engine.flops import ModelShape
@@ -29,7 +28,7 @@ class Checkpoint:
 
     def __init__(self, name: str, config: EvaluateConfig) -> None:
         self.name = name
-        _require_whole_weights(resolve_checkpoint(name))
+        require_whole_weights(resolve_checkpoint(name))
         self.fingerprint = model_fingerprint(name)
         self.encoder = PromptEncoder.load(name, chat_template=config.chat_template, template_date=config.template_date)
         self._device, self._dtype = config.device, config.dtype
@@ -112,17 +111,3 @@ def require_same_tokenizer(model: Checkpoint, base: Checkpoint) -> None:
             f"with {base.tokenizer_fingerprint[:12]}: drift and implicit rewards compare probabilities of the same "
             "tokens; leave --base out, or give the checkpoint that this model was trained from"
         )
-
-
-def _require_whole_weights(path: Path) -> None:
-    """Find a half-written file now: its header says how long it must be."""
-    from safetensors import SafetensorError, safe_open
-
-    for file in weight_files(path):
-        try:
-            with safe_open(file, framework="numpy"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{file} is damaged or half written ({error}); wait until it is complete, or write it again"
-            ) from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pairtrace.engine.checkpoint import model_fingerprint, resolve_checkpoint, resolve_device
+from pairtrace.engine.checkpoint import model_fingerprint, require_whole_weights, resolve_checkpoint, resolve_device
 from pairtrace.engine.fingerprints import fingerprints
 from pairtrace.engine.training.config import TrainConfig
 from pairtrace.engine.versions import library_versions
@@ -53,9 +53,10 @@ class Job:
         Raises:
             ConfigError: the device is not there, or the chat template cannot be read.
             DataError: the data cannot be read or recognised.
-            ModelError: the checkpoint or its tokenizer cannot be used.
+            ModelError: the checkpoint is damaged or half written, or its tokenizer cannot be used.
         """
         base = resolve_checkpoint(config.model)
+        require_whole_weights(base)
         weights = model_fingerprint(base)
         source = config.open_source()
         logger.info("%s", source.describe())

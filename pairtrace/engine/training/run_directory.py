@@ -62,6 +62,9 @@ class RunDirectory:
     def begin(self, identity: dict[str, Any]) -> WriterLock:
         """Make the directory of the run, or take over that of an unfinished run with the same identity.
 
+        A run that left no complete checkpoint has nothing to go on with: any run may take its place. The records of
+        its cost stay.
+
         Returns:
             A lock, to be held until the run ends.
 
@@ -76,7 +79,7 @@ class RunDirectory:
         except OSError as error:
             raise ConfigError(f"cannot write {self.partial}: {error}") from error
         try:
-            if description.exists():
+            if description.exists() and any(map(_is_complete, self.partial.glob(_PREFIX + "*"))):
                 try:
                     found = json.loads(description.read_text(encoding="utf-8"))
                 except ValueError:

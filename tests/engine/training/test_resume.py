@@ -17,7 +17,7 @@ import pytest
 from pairtrace.engine.cost import read_costs
 from pairtrace.engine.training.run_directory import RunDirectory
 from pairtrace.engine.training.train import train
-from pairtrace.errors import ConfigError, StoreLockedError
+from pairtrace.errors import ConfigError, ModelError, StoreLockedError
 from tests.engine.training.cases import config_for, largest_difference, run
 
 OPTIONS: dict[str, Any] = {"epochs": 2, "save_steps": 1}
@@ -63,7 +63,10 @@ def test_resumed_run_gives_the_weights_of_an_uninterrupted_one(
     assert (summary.resumed_from, summary.steps) == (steps, 6)
     assert summary.first_loss == pytest.approx(0.693147, abs=1e-5)
     assert largest_difference(out, trained) == 0.0
-    assert [record.stage for record in read_costs(out / "pairtrace_train.costs.jsonl")].count("train") == 2
+    records = read_costs(out / "pairtrace_train.costs.jsonl")
+    first, second = [record for record in records if record.stage == "train"]
+    assert (second.model_tokens, summary.all_processes["records"]) == (summary.tokens, len(records))
+    assert summary.all_processes["flops"] == sum(record.flops for record in records) >= summary.flops + first.flops
 
 
 def test_resumed_adapter_with_accumulation(small: Path, data: Path, tmp_path: Path) -> None:
@@ -152,6 +155,46 @@ def test_unfinished_run_with_other_settings_or_data_is_refused(small: Path, data
     (tmp_path / "m1.partial" / "run.json").write_text("{")
     with pytest.raises(ConfigError, match=r"run\.json is damaged"):
         run(small, data, tmp_path / "m1", **OPTIONS)
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_run_that_left_no_checkpoint_gives_way_to_another(small: Path, data: Path, tmp_path: Path, left: int) -> None:
+    """It failed in its second step, or its only checkpoint is half written; what it cost still counts."""
+    out = tmp_path / "m1"
+    interrupt(small, data, out, 1, save_steps=left)
+    markers = list(out.with_name("m1.partial").glob("checkpoint-*/complete.json"))
+    assert len(markers) == left
+    for marker in markers:
+        marker.unlink()
+    summary = run(small, data, out, max_steps=1, learning_rate=1e-2)
+    assert (summary.resumed_from, summary.settings["learning_rate"]) == (0, 1e-2)
+    stages = [record.stage for record in read_costs(out / "pairtrace_train.costs.jsonl")]
+    assert stages == ["reference", "train", "reference", "train"]
+
+
+@pytest.mark.slow
+def test_terminated_process_leaves_its_costs(small: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m1"
+    command = [sys.executable, "-m", "pairtrace.cli", "train", str(small), str(data), "--out", str(out)]
+    process = subprocess.Popen([*command, "--epochs", "5000", "--batch-size", "4", "--device", "cpu"])
+    costs = tmp_path / "m1.partial" / "pairtrace_train.costs.jsonl"
+    while process.poll() is None and "train" not in [r.stage for r in (read_costs(costs) if costs.exists() else ())]:
+        time.sleep(0.05)
+    time.sleep(3.0)
+    before = read_costs(costs)[-1]
+    process.terminate()
+    assert process.wait() == 143
+    assert read_costs(costs)[-1].model_tokens > before.model_tokens
+
+
+def test_damaged_weights_are_named_before_the_pairs_are_read(small: Path, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(small, tmp_path / "m0")
+    weights = tmp_path / "m0" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    seen = StopsAfter(0)
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged or half written"):
+        train(config_for(tmp_path / "m0", data, tmp_path / "m1"), seen)
+    assert not seen.stages and not (tmp_path / "m1.partial").exists()
 
 
 def test_two_processes_do_not_train_into_one_directory(tmp_path: Path) -> None:
