@@ -5,6 +5,7 @@ Legend: P parameters of the adapter.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -97,7 +98,9 @@ class LoraModel:
         ]
         settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=linear, task_type="CAUSAL_LM")
         # peft draws the first factor from torch's generator, which is the caller's.
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # peft asks transformers under a name that is to change.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             torch.manual_seed(seed)
             wrapped = get_peft_model(base, settings)
         return cls(wrapped, where)

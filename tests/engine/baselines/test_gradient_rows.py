@@ -179,3 +179,8 @@ def test_other_errors_are_not_taken_for_exhausted_memory(lora: LoraModel) -> Non
     with meter, pytest.raises(RuntimeError, match="a bug"):
         computer = PairGradients(lora, settings, published=False, token_budget=None, meter=meter)
         list(computer.reduced(PAIRS, computer.references(PAIRS), reduce))
+
+
+def test_loading_gives_no_warning_of_other_libraries(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    LoraModel.load(make_model("llama", tmp_path, num_hidden_layers=2), rank=2, alpha=4.0, seed=0, device="cpu")
+    assert [str(warning.message) for warning in recwarn if issubclass(warning.category, FutureWarning)] == []
