@@ -16,7 +16,7 @@ from pairtrace.engine.intervals import wilson_interval
 from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import Progress
 from pairtrace.engine.scores_table import ScoresTable
-from pairtrace.engine.selection import Selection, select
+from pairtrace.engine.selection import Selection, require_symmetric, select
 from pairtrace.errors import ConfigError, DataMismatchError
 
 logger = logging.getLogger(__name__)
@@ -113,20 +113,26 @@ def decide(
         progress: receives the work on random directions.
 
     Raises:
-        ConfigError: the rule takes no pair or more than there are, a named source or column is not there, or the edit
-            would leave nothing.
+        ConfigError: the rule takes no pair or more than there are, its null does not fit the scores, a named source or
+            column is not there, or the edit would leave nothing.
         StoreError: the store is needed (random null) and cannot be read.
     """
     count = len(ranked.ranks)
     groups = ranked.sources if config.by is None else _column(source, schema, config.by, count)
     selection = None
     if config.rule is not None:
-        tail = None
-        if config.rule.fdr is not None and config.rule.null == "random":
-            from pairtrace.engine.null_scores import random_tail
+        tail, otherwise = None, ""
+        if config.rule.fdr is not None:
+            from pairtrace.engine.null_scores import names_directions, random_tail
 
-            tail = random_tail(table, behavior, config.store, config.seed, progress)
-        selection = select(config.rule, ranked.scores, ranked.ranks, tail)
+            otherwise = "select with -k, --fraction or --threshold"
+            if config.rule.null == "random":
+                tail = random_tail(table, behavior, config.store, config.seed, progress)
+            else:
+                if names_directions(table, behavior):
+                    otherwise = f"take --null random, or {otherwise}"
+                require_symmetric(ranked.scores[ranked.ranks > 0], otherwise=otherwise)
+        selection = select(config.rule, ranked.scores, ranked.ranks, tail, otherwise=otherwise)
     change = np.full(count, KEEP, np.uint8)
     dropped: tuple[str, ...] = ()
     if config.action == "drop-sources":
@@ -151,6 +157,14 @@ def decide(
             "the edit removes every pair that has a rank: what stays are the %d rows without a score, quarantined ones "
             "among them",
             np.count_nonzero(change != REMOVE),
+        )
+    elif 2 * np.count_nonzero(change != KEEP) > count:
+        logger.warning(
+            "the edit %s %d of %d pairs, more than half of the data (%s)",
+            "swaps" if config.action == "swap" else "removes",
+            np.count_nonzero(change != KEEP),
+            count,
+            reason,
         )
     emptied = [one.source for one in source_changes(decision) if one.rows_after == 0 and one.source not in dropped]
     if emptied:

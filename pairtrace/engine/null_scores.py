@@ -6,6 +6,7 @@ Legend: N pairs, D width, R random behaviours of K directions each.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,17 @@ from pairtrace.store.reader import ActivationStore
 
 # Enough that the tail at one in a million of a data set of 10,000 pairs is seen; banks take as many as fit.
 _DIRECTIONS = 512
+
+
+def names_directions(table: ScoresTable, behavior: str) -> bool:
+    """Whether a scores file says with which direction, at which layer, a behaviour was scored: `random_tail` asks."""
+    return _described(table, behavior) is not None and isinstance(table.manifest.get("layer"), int)
+
+
+def _described(table: ScoresTable, behavior: str) -> dict[str, Any] | None:
+    """What the file says of the behaviour's direction."""
+    entries = [entry for entry in table.manifest.get("directions") or () if isinstance(entry, dict)]
+    return next((entry for entry in entries if entry.get("name") == behavior), None)
 
 
 def random_tail(
@@ -42,13 +54,12 @@ def random_tail(
         DataFormatError: the scores file does not say how they were made.
         StoreError: the store cannot be read.
     """
-    described = {entry.get("name"): entry for entry in table.manifest.get("directions", []) if isinstance(entry, dict)}
-    entry, layer = described.get(behavior), table.manifest.get("layer")
+    entry, layer = _described(table, behavior), table.manifest.get("layer")
     place = store or table.manifest.get("store")
     if entry is None or not isinstance(layer, int) or not isinstance(place, str):
         raise DataFormatError(
             f"{table.path} does not say from which store, layer and direction {behavior!r} was scored, which "
-            "--null random needs; use --null sign-flip"
+            "--null random needs; use --null sign-flip, -k or --fraction"
         )
     opened = ActivationStore.open(place, allow_incomplete=True)
     bank = int(entry["directions"]) if entry.get("kind") == "bank" else 1

@@ -16,6 +16,11 @@ from pairtrace.errors import ConfigError
 
 Null = Literal["sign-flip", "random"]
 RULES = ("k", "fraction", "threshold", "fdr")
+# Furthest that the median of the scores may lie above 0 for the sign-flip null, in standard deviations (robust ones).
+# Noise that is moved by 0.3 deviations has four times as many scores above +2 as below -2. The planted pairs of the
+# organisms move the median by less than 0.2; a training's own margins lie 1 and more above 0.
+LARGEST_SHIFT = 0.3
+_MAD_TO_DEVIATION = 1.4826  # of a normal distribution
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,12 @@ class Selection:
 
 
 def select(
-    rule: SelectionRule, scores: np.ndarray, ranks: np.ndarray, tail: Callable[[np.ndarray], np.ndarray] | None = None
+    rule: SelectionRule,
+    scores: np.ndarray,
+    ranks: np.ndarray,
+    tail: Callable[[np.ndarray], np.ndarray] | None = None,
+    *,
+    otherwise: str = "",
 ) -> Selection:
     """Take rows from the top of a ranking.
 
@@ -88,6 +98,7 @@ def select(
         scores: float32 [N]; NaN without a score.
         ranks: int64 [N]; 1 is the highest score, 0 stands for no rank.
         tail: share of chance scores at or above each of some scores, float64 [n]; needed for `null="random"`.
+        otherwise: what to do where a false-discovery rate takes no pair, for the message.
 
     Raises:
         ConfigError: the rule asks for more pairs than have a rank, or takes none.
@@ -114,13 +125,42 @@ def select(
     if count == 0:
         best = f"the highest score is {ordered[0]:.4f}"
         if estimate is not None:
-            best += f", the lowest reachable rate {estimate.min():.4f}"
+            best += f", the lowest reachable rate {estimate.min():.4f}" + (f"; {otherwise}" if otherwise else "")
         raise ConfigError(f"the rule ({rule.describe()}) takes no pair: {best}")
     return Selection(
         rows=order[:count],
         lowest=float(ordered[count - 1]),
         fdr=None if estimate is None else float(estimate[count - 1]),
     )
+
+
+def require_symmetric(scores: np.ndarray, *, otherwise: str) -> None:
+    """Refuse the sign-flip null where it means nothing: where most pairs score above zero.
+
+    It takes an innocent pair to score as often above zero as below. The margins of trained pairs do not, nor do maxima
+    over a bank. A median below zero is let pass: the estimate is then too high, never too low.
+
+    Args:
+        scores: float [n] of the ranked pairs.
+        otherwise: what to do instead, for the message.
+
+    Raises:
+        ConfigError: the median lies further above 0 than `LARGEST_SHIFT` deviations, and than chance explains.
+    """
+    if not len(scores):
+        return
+    median = float(np.median(scores))
+    deviation = _MAD_TO_DEVIATION * float(np.median(np.abs(scores - median)))
+    # Standard error of a median of normal scores: 1.2533 deviations / sqrt(n).
+    chance = 3 * 1.2533 / math.sqrt(len(scores))
+    if median > max(LARGEST_SHIFT, chance) * deviation:
+        above = np.count_nonzero(scores > 0) / len(scores)
+        shift = f" ({median / deviation:.1f} standard deviations)" if deviation else ""
+        raise ConfigError(
+            f"--fdr with the sign-flip null takes the scores of innocent pairs to lie around 0, but their median is "
+            f"{median:.4f}{shift} and {above:.0%} of the pairs score above 0, so that the estimate would be far too "
+            f"low; {otherwise}"
+        )
 
 
 def false_discovery_rates(ordered: np.ndarray, tail: Callable[[np.ndarray], np.ndarray] | None) -> np.ndarray:

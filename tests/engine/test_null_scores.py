@@ -15,7 +15,7 @@ from pairtrace.engine.progress import NULL_PROGRESS
 from pairtrace.engine.score import ScoreConfig, score
 from pairtrace.engine.scores_table import ScoresTable
 from pairtrace.engine.selection import SelectionRule
-from pairtrace.errors import DataFormatError, StoreError
+from pairtrace.errors import ConfigError, DataFormatError, StoreError
 from tests.engine.small_store import SmallStore, any_values, make_store, reference_cosine
 
 
@@ -61,6 +61,27 @@ def test_an_edit_against_random_directions(scored: tuple[SmallStore, str], tmp_p
     assert pq.read_metadata(tmp_path / "e.parquet").num_rows == 300 - summary.removed
     with pytest.raises(StoreError, match="nowhere"):
         random_tail(ScoresTable.open(path), "harm", str(tmp_path / "nowhere.zarr"), 0, NULL_PROGRESS)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.5])
+def test_the_random_null_is_named_where_the_other_end_does_not_do(
+    scored: tuple[SmallStore, str], tmp_path: Path, shift: float
+) -> None:
+    """Both where the scores are no noise around zero and where their other end is as full."""
+    table = pq.read_table(scored[1])
+    place = table.schema.get_field_index("score:harm")
+    values = np.random.default_rng(0).permutation(np.linspace(-0.9, 0.9, table.num_rows)).astype(np.float32) + shift
+    rank = table.schema.get_field_index("rank:harm")
+    ranks = np.argsort(np.argsort(-values)) + 1
+    changed = table.set_column(place, table.schema.field(place), [values])
+    pq.write_table(changed.set_column(rank, table.schema.field(rank), [ranks]), tmp_path / "s.parquet")
+    rule = SelectionRule(fdr=0.01)
+    config = EditConfig(
+        scores=str(tmp_path / "s.parquet"), out=str(tmp_path / "e.parquet"), action="filter", rule=rule, behavior="harm"
+    )
+    with pytest.raises(ConfigError, match="median is" if shift else "takes no pair") as caught:
+        edit(config)
+    assert "take --null random" in str(caught.value)
 
 
 def test_scores_of_another_making_need_the_other_null(scored: tuple[SmallStore, str], tmp_path: Path) -> None:

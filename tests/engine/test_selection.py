@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 
 from pairtrace.engine.scores_writer import rank_rows
-from pairtrace.engine.selection import SelectionRule, false_discovery_rates, select
+from pairtrace.engine.selection import LARGEST_SHIFT, SelectionRule, false_discovery_rates, require_symmetric, select
 from pairtrace.errors import ConfigError
 
 SCORES = st.lists(
@@ -102,6 +103,28 @@ def test_one_false_discovery_is_always_reckoned_with() -> None:
     with pytest.raises(ConfigError, match=r"lowest reachable rate 0\.3333"):
         chosen(SelectionRule(fdr=0.2), scores)
     assert chosen(SelectionRule(fdr=0.34), scores) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("shift", [-3.0, 0.0, 0.2, 0.28, 0.32, 1.0])
+def test_the_sign_flip_null_needs_scores_around_zero(shift: float) -> None:
+    noise = np.random.default_rng(3).normal(size=4001)
+    deviation = stats.median_abs_deviation(noise, scale="normal")
+    scores = (0.1 * (noise - np.median(noise) + shift * deviation)).astype(np.float32)
+    if shift <= LARGEST_SHIFT:
+        require_symmetric(scores, otherwise="x")
+        return
+    with pytest.raises(ConfigError, match=rf"median is 0\.\d+ \({shift:.1f} standard .*pairs score above 0.*; x$"):
+        require_symmetric(scores, otherwise="x")
+
+
+def test_few_or_planted_pairs_do_not_make_a_ranking_lopsided() -> None:
+    rng = np.random.default_rng(4)
+    for _ in range(50):
+        require_symmetric(rng.normal(size=20), otherwise="x")
+    require_symmetric(np.concatenate([rng.normal(size=4000), np.full(600, 4.0)]), otherwise="x")
+    require_symmetric(np.zeros(30), otherwise="x")
+    with pytest.raises(ConfigError, match="100% of the pairs score above 0"):
+        require_symmetric(np.full(30, 2.0), otherwise="x")
 
 
 @pytest.mark.parametrize(
