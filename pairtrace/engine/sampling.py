@@ -50,11 +50,13 @@ class Sampled:
         response: its text, without special tokens.
         tokens: generated tokens, the end token included.
         finished: an end token was reached before the limit.
+        token_ids: the generated tokens; `response` tokenised again may give others.
     """
 
     response: str
     tokens: int
     finished: bool
+    token_ids: tuple[int, ...]
 
 
 def rollout_seed(*parts: object) -> int:
@@ -246,4 +248,4 @@ class Sampler:
         kept = generated[: ends[0] + 1] if ends else generated
         body = kept[:-1] if ends else kept
         text = self.tokenizer.decode(body, skip_special_tokens=True)
-        return Sampled(response=text, tokens=len(kept), finished=bool(ends))
+        return Sampled(response=text, tokens=len(kept), finished=bool(ends), token_ids=tuple(kept))

@@ -20,7 +20,8 @@ class EvaluateConfig:
         models: checkpoints to compare, the first one being what the others are compared with. With `rollouts`, names in
             the file; empty for all of them.
         out: report to write (.json). Beside it go `{stem}.responses.parquet`, the costs and, in `{stem}.parts`, what an
-            interrupted run goes on with. None keeps nothing.
+            interrupted run goes on with. None keeps nothing. A report that is there may be added to (models, `base`,
+            `data`, tasks, samples), and is not overwritten by one of other settings.
         base: M0: drift and implicit rewards are measured against it.
         data: held-out preference pairs.
         rollouts: responses that exist already (.parquet, .jsonl, .jsonl.gz): columns `model`, `prompt_id`, `response`,

@@ -21,7 +21,7 @@ from pairtrace.engine.evaluation.likelihood import Forced, batches, divergences,
 from pairtrace.engine.evaluation.parts import Part
 from pairtrace.engine.evaluation.rates import Mean, Resampling, mean_of
 from pairtrace.engine.evaluation.requests import Request
-from pairtrace.engine.evaluation.responses import Answers
+from pairtrace.engine.evaluation.responses import Answer, Answers
 from pairtrace.engine.progress import Progress
 
 
@@ -34,6 +34,7 @@ class Drift:
         per_response: mean of the sum over a response.
         tokens: response tokens, with the end token of responses that ended.
         responses: responses with at least one token.
+        retokenized: responses of a file, whose text was tokenised again: their tokens may differ from those generated.
         groups: `per_token` by cell and condition.
     """
 
@@ -41,6 +42,7 @@ class Drift:
     per_response: Mean
     tokens: int
     responses: int
+    retokenized: int
     groups: dict[str, Mean]
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,21 +51,23 @@ class Drift:
 
 
 def forced_answers(checkpoint: Checkpoint, tokens: PromptTokens, answers: Answers) -> list[list[Forced]]:
-    """Every response behind its prompt as token ids: tokenised again, and the end token where the response ended."""
+    """Every response behind its prompt, as the token ids that were generated.
+
+    Where these are unknown (responses of a file) the text is tokenised again, with the end token where it ended.
+    """
+    return [
+        [Forced([*prompt, *_response_ids(checkpoint, answer)], len(prompt)) for answer in samples]
+        for prompt, samples in zip(tokens.of(checkpoint.encoder), answers, strict=True)
+    ]
+
+
+def _response_ids(checkpoint: Checkpoint, answer: Answer) -> Sequence[int]:
+    if answer.token_ids is not None:
+        return answer.token_ids
     tokenizer = checkpoint.encoder.tokenizer
-    texts = [answer.text or "" for samples in answers for answer in samples]
-    encoded = iter(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"])
+    ids = tokenizer(answer.text or "", add_special_tokens=False, return_attention_mask=False, verbose=False)
     end = tokenizer.eos_token_id
-    rows = []
-    for prompt, samples in zip(tokens.of(checkpoint.encoder), answers, strict=True):
-        forced = []
-        for answer in samples:
-            response = list(next(encoded))
-            if answer.finished and end is not None:
-                response.append(end)
-            forced.append(Forced([*prompt, *response], len(prompt)))
-        rows.append(forced)
-    return rows
+    return [*ids["input_ids"], *([end] if answer.finished and end is not None else [])]
 
 
 def response_divergences(
@@ -97,13 +101,18 @@ def response_divergences(
 
 
 def drift_of(
-    requests: Sequence[Request], rows: Sequence[Sequence[Forced]], values: Sequence[float], resampling: Resampling
+    requests: Sequence[Request],
+    answers: Answers,
+    rows: Sequence[Sequence[Forced]],
+    values: Sequence[float],
+    resampling: Resampling,
 ) -> Drift:
     """Means out of the summed divergences.
 
     Args:
         requests: what was asked.
-        rows: for each request its responses.
+        answers: what was said.
+        rows: for each request its responses, as tokens.
         values: divergence of each response, in the order of `rows`.
         resampling: level and bootstrap.
     """
@@ -120,5 +129,6 @@ def drift_of(
         per_response=mean_of(divergence, counted, resampling),
         tokens=int(tokens.sum()),
         responses=int(counted.sum()),
+        retokenized=sum(answer.token_ids is None for samples in answers for answer in samples),
         groups={name: mean_of(divergence[members], tokens[members], resampling) for name, members in groups.items()},
     )

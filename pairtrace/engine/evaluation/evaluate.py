@@ -18,6 +18,7 @@ from pairtrace.engine.evaluation.capabilities import capability_scores, load_lm_
 from pairtrace.engine.evaluation.checkpoints import Checkpoint, PromptTokens, require_same_tokenizer
 from pairtrace.engine.evaluation.config import EvaluateConfig
 from pairtrace.engine.evaluation.drift import Drift, drift_of, forced_answers, response_divergences
+from pairtrace.engine.evaluation.earlier import require_addition
 from pairtrace.engine.evaluation.parts import Part, open_part
 from pairtrace.engine.evaluation.preferences import (
     HeldOut,
@@ -62,7 +63,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = NULL_PROGRESS, *, judg
     Raises:
         DataError: prompts, responses or pairs cannot be used.
         ModelError: a checkpoint is missing, damaged or half written, or its tokenizer is not that of the base.
-        ConfigError: an option cannot be used.
+        ConfigError: an option cannot be used, or `out` holds a report that was made with other settings.
         MissingDependencyError: `lm_eval` without the package.
     """
     begun = time.perf_counter()
@@ -101,7 +102,7 @@ def evaluate(config: EvaluateConfig, progress: Progress = NULL_PROGRESS, *, judg
         base=config.base,
         confidence=config.confidence,
         out=config.out,
-        settings={**asdict(config), "prompts_fingerprint": run.prompts.fingerprint},
+        settings=run.settings,
         versions=library_versions(),
         seconds=time.perf_counter() - begun,
     )
@@ -121,6 +122,8 @@ class _Run:
         self.config, self.progress = config, progress
         self.prompts: PromptSet = load_prompts(config.prompts, mixed=True)
         self.requests = requests_of(self.prompts, config.conditions)
+        self.settings = {**asdict(config), "prompts_fingerprint": self.prompts.fingerprint}
+        require_addition(config.out, self.settings)
         if config.lm_eval:
             load_lm_eval()
         named = config.models if config.needs_checkpoints else ()
@@ -216,7 +219,7 @@ class _Run:
         }
         with self._stage("drift", checkpoint, _digest_of(identity, "responses")) as (part, meter):
             values = response_divergences(self.config, checkpoint, self.base, flat, part, meter, self.progress)
-        return drift_of(self.requests, rows, values, self.config.resampling)
+        return drift_of(self.requests, answers, rows, values, self.config.resampling)
 
     def capabilities(self, checkpoint: Checkpoint) -> Any:
         """Scores of lm-eval, or None when no task is asked for; it loads the weights itself."""

@@ -25,7 +25,7 @@ DEFINITIONS: dict[str, str] = {
     "preferences": "share of held-out pairs whose chosen response has the higher summed log-probability; reward: the "
     "same for the log-probability minus that of the base model",
     "drift": "KL(model || base) per response token in nats, exact over the vocabulary, teacher-forced on the model's "
-    "own responses",
+    "own responses: on the generated tokens, or on the text tokenised again where only that is known (`retokenized`)",
 }
 
 
@@ -226,9 +226,9 @@ def _model_lines(name: str, model: ModelReport) -> list[str]:
             text += f"; not usable: {', '.join(f'{count} {reason}' for reason, count in found.quarantined.items())}"
         lines.append(f"preferences  {name}  {text}")
     if model.drift is not None:
-        lines.append(
-            f"drift  {name}  {_mean_text(model.drift.per_token)} nats per token over {model.drift.tokens:,} tokens"
-        )
+        drift = model.drift
+        again = f"; text of {drift.retokenized:,} responses tokenised again" if drift.retokenized else ""
+        lines.append(f"drift  {name}  {_mean_text(drift.per_token)} nats per token over {drift.tokens:,} tokens{again}")
     for task, metrics in (model.capabilities or {}).items():
         for metric, score in metrics.items():
             error = "" if score["stderr"] is None else f" +- {score['stderr']:.4f}"

@@ -24,6 +24,9 @@ from pairtrace.engine.progress import Progress
 from pairtrace.engine.prompts import PLAIN
 from pairtrace.errors import DataFormatError, DataMismatchError
 
+# What is kept of a response; entries of earlier versions, without the tokens, are not read.
+_ENTRIES = "text, token_ids, finished"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
@@ -34,12 +37,14 @@ class Answer:
         tokens: generated tokens with the end token; None when unknown.
         finished: an end token was reached; None when unknown.
         label: verdict of the label column; None when undecided.
+        token_ids: the generated tokens, the end token included; None when unknown.
     """
 
     text: str | None
     tokens: int | None = None
     finished: bool | None = None
     label: bool | None = None
+    token_ids: tuple[int, ...] | None = None
 
 
 Answers = list[list[Answer]]
@@ -51,6 +56,7 @@ def responses_identity(config: EvaluateConfig, checkpoint: Checkpoint, prompts_f
     names = ("temperature", "max_new_tokens", "seed")
     return {
         **checkpoint.identity,
+        "entries": _ENTRIES,
         "prompts_fingerprint": prompts_fingerprint,
         **{name: getattr(config, name) for name in names},
     }
@@ -89,7 +95,11 @@ def sample_answers(
             entries = []
             for number, answer in finished:
                 position = open_positions[number]
-                known[keys[position]] = {"text": answer.response, "tokens": answer.tokens, "finished": answer.finished}
+                known[keys[position]] = {
+                    "text": answer.response,
+                    "token_ids": list(answer.token_ids),
+                    "finished": answer.finished,
+                }
                 entries.append({"key": list(keys[position]), **known[keys[position]]})
                 total = len(prompts[position]) + answer.tokens - 1
                 flops = 0.0
@@ -116,7 +126,15 @@ def sample_answers(
             on_batch=on_batch,
         )
         progress.finish()
-    answers = [Answer(**{name: known[key][name] for name in ("text", "tokens", "finished")}) for key in keys]
+    answers = [
+        Answer(
+            text=known[key]["text"],
+            tokens=len(known[key]["token_ids"]),
+            finished=known[key]["finished"],
+            token_ids=tuple(known[key]["token_ids"]),
+        )
+        for key in keys
+    ]
     return [answers[begin : begin + config.samples] for begin in range(0, len(answers), config.samples)]
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pairtrace.engine.evaluation.config import EvaluateConfig
 from tests.models import make_model, make_tokenizer
 
 PROMPTS: list[dict[str, Any]] = [
@@ -35,3 +36,25 @@ def two_checkpoints(root: Path) -> tuple[str, str]:
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def settings(folder: Path, models: tuple[str, ...], **changed: Any) -> EvaluateConfig:
+    given: dict[str, Any] = {
+        "prompts": write_rows(folder / "prompts.jsonl", PROMPTS),
+        "models": models,
+        "max_new_tokens": 6,
+        "batch_size": 4,
+        "device": "cpu",
+        "replicates": 200,
+    }
+    return EvaluateConfig(**{**given, **changed})
+
+
+def labelled(models: tuple[str, ...], **changed: Any) -> list[dict[str, Any]]:
+    rows = []
+    for number, name in enumerate(models):
+        for place, prompt in enumerate(PROMPTS):
+            label: Any = None if prompt["id"] == "b2" else bool(number) or place == 0
+            rows.append({"model": name, "prompt_id": prompt["id"], "response": "I am sorry, no.", "bad": label})
+    rows[3].update(changed)
+    return rows

@@ -22,7 +22,7 @@ from pairtrace.engine.evaluation.evaluate import evaluate
 from pairtrace.engine.evaluation.report import short_names
 from pairtrace.engine.sampling import Sampler
 from pairtrace.errors import ConfigError, DataError, ModelError
-from tests.engine.evaluation.cases import PAIRS, PROMPTS, two_checkpoints, write_rows
+from tests.engine.evaluation.cases import PAIRS, PROMPTS, labelled, settings, two_checkpoints, write_rows
 from tests.engine.evaluation.test_likelihood import Forced, plain_divergence, plain_log_probability
 from tests.models import make_model, make_tokenizer
 
@@ -54,18 +54,6 @@ def loaded(models: tuple[str, str]) -> dict[str, tuple[Any, Any]]:
         path: (AutoModelForCausalLM.from_pretrained(path).eval(), AutoTokenizer.from_pretrained(path))
         for path in models
     }
-
-
-def settings(folder: Path, models: tuple[str, ...], **changed: Any) -> EvaluateConfig:
-    given: dict[str, Any] = {
-        "prompts": write_rows(folder / "prompts.jsonl", PROMPTS),
-        "models": models,
-        "max_new_tokens": 6,
-        "batch_size": 4,
-        "device": "cpu",
-        "replicates": 200,
-    }
-    return EvaluateConfig(**{**given, **changed})
 
 
 @pytest.fixture(scope="module")
@@ -177,14 +165,18 @@ def test_drift_equals_a_plain_loop(
     rows = [r for r in pq.read_table(finished[0] / "report.responses.parquet").to_pylist() if r["model"] == models[1]]
     tokenizer = loaded[models[1]][1]
     totals: dict[str, list[float]] = {}
+    changed = 0
     for row in rows:
         ids = tokenizer.apply_chat_template(json.loads(row["messages"]), add_generation_prompt=True)["input_ids"]
-        answer = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-        answer += [tokenizer.eos_token_id] if row["finished"] else []
+        answer = row["token_ids"]
+        assert (len(answer), answer[-1] == tokenizer.eos_token_id) == (row["tokens"], row["finished"])
+        retokenized = tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+        changed += retokenized != [token for token in answer if token != tokenizer.eos_token_id]
         value = plain_divergence(loaded[models[1]][0], loaded[models[0]][0], Forced(ids + answer, len(ids)))
         totals.setdefault(row["cell"], []).extend([value, len(answer)])
+    assert changed, "a response whose text gives other tokens must be among them"
     base, tuned = (report["drift"] for report in finished[1]["models"])
-    assert base is None
+    assert base is None and tuned["retokenized"] == 0
     flat = [v for values in totals.values() for v in values]
     assert tuned["per_token"]["value"] == pytest.approx(sum(flat[::2]) / sum(flat[1::2]), rel=1e-4)
     assert tuned["per_response"]["value"] == pytest.approx(sum(flat[::2]) / len(rows), rel=1e-4)
@@ -192,6 +184,19 @@ def test_drift_equals_a_plain_loop(
     for name, group in tuned["groups"].items():
         values = totals[name.split(" / ")[0]]
         assert group["value"] == pytest.approx(sum(values[::2]) / sum(values[1::2]), rel=1e-4)
+
+
+def test_responses_of_a_file_are_tokenised_again(
+    finished: tuple[Path, dict[str, Any]], models: tuple[str, str], tmp_path: Path
+) -> None:
+    config = settings(
+        tmp_path, models, base=models[0], rollouts=str(finished[0] / "report.responses.parquet"), rules=None
+    )
+    found = evaluate(config)
+    assert found.models[1].drift is not None
+    assert found.models[1].drift.retokenized == len(PROMPTS)
+    assert f"text of {len(PROMPTS)} responses tokenised again" in found.to_text()
+    assert found.models[1].drift.tokens != finished[1]["models"][1]["drift"]["tokens"]
 
 
 def test_a_rerun_computes_nothing_and_costs_are_kept(
@@ -217,7 +222,7 @@ def test_a_rerun_computes_nothing_and_costs_are_kept(
     )
     again = evaluate(config, judge=Letters()).to_dict()
     assert {**again, "seconds": 0} == {**report, "seconds": 0}
-    with pytest.raises(AssertionError, match="loaded"):
+    with pytest.raises(ConfigError, match=r"--max-new-tokens was 6, now 7; choose another --out"):
         evaluate(settings(folder, models, out=str(folder / "report.json"), max_new_tokens=7))
 
 
@@ -278,16 +283,6 @@ def test_a_base_with_another_tokenizer_is_refused(models: tuple[str, str], tmp_p
 def test_pairs_that_cannot_be_used(models: tuple[str, str], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none of the 1 pairs.*empty_response"):
         evaluate(settings(tmp_path, models, data=write_rows(tmp_path / "d.jsonl", PAIRS[-1:]), max_new_tokens=1))
-
-
-def labelled(models: tuple[str, ...], **changed: Any) -> list[dict[str, Any]]:
-    rows = []
-    for number, name in enumerate(models):
-        for place, prompt in enumerate(PROMPTS):
-            label: Any = None if prompt["id"] == "b2" else bool(number) or place == 0
-            rows.append({"model": name, "prompt_id": prompt["id"], "response": "I am sorry, no.", "bad": label})
-    rows[3].update(changed)
-    return rows
 
 
 def test_verdicts_of_a_rollouts_file(tmp_path: Path) -> None:
