@@ -54,7 +54,8 @@ class ServerConfig:
         attempts: how often a question is asked that fails for a passing reason.
         pause: seconds before the second attempt; doubled for each further one, up to a minute. What the server asks
             for with Retry-After counts instead, up to 15 minutes.
-        max_failures: questions in a row without an answer after which the server is given up.
+        max_failures: questions in a row without an answer after which the server is given up. A question counts only
+            if no other one was answered while it was under way: else the server is not dead, but this question hangs.
     """
 
     base_url: str
@@ -105,7 +106,7 @@ class JudgeClient:
         self._lock = threading.Lock()
         self._not_before = 0.0
         self._failures = 0
-        self._answered = False
+        self._answers = 0
 
     def stop(self) -> None:
         """End every pause; questions that have not been asked get no answer."""
@@ -121,6 +122,8 @@ class JudgeClient:
             JudgeError: the server refuses every question, or has not answered the last `max_failures` of them.
         """
         failure = _AttemptError(NO_CONNECTION, "the run was stopped", again=False)
+        with self._lock:
+            answers_before = self._answers
         for attempt in range(self.config.attempts):
             if not self._wait():
                 break
@@ -134,9 +137,10 @@ class JudgeClient:
                     self._pause(attempt, error)
             else:
                 with self._lock:
-                    self._failures, self._answered = 0, True
+                    self._failures = 0
+                    self._answers += 1
                 return verdict
-        self._count(failure)
+        self._count(failure, answers_before)
         return Verdict(None, failure.reason)
 
     def _wait(self) -> bool:
@@ -159,10 +163,13 @@ class JudgeClient:
         longest = min(_LONGEST_PAUSE, self.config.pause * 2**attempt)
         self._stopped.wait(random.uniform(longest / 2, longest))
 
-    def _count(self, failure: _AttemptError) -> None:
+    def _count(self, failure: _AttemptError, answers_before: int) -> None:
         with self._lock:
             # A server that answers others refuses this question, because it is too long for instance.
-            if self._stopped.is_set() or (failure.reason == REQUEST_REFUSED and self._answered):
+            if self._stopped.is_set() or (failure.reason == REQUEST_REFUSED and self._answers):
+                return
+            # Questions that hang run out of time together, long after the others were answered.
+            if self._answers > answers_before:
                 return
             self._failures += 1
             if self._failures < self.config.max_failures:
@@ -171,7 +178,8 @@ class JudgeClient:
             self._stopped.set()
         raise JudgeError(
             f"{self.address} has not answered {self.config.max_failures} questions in a row; the last one: "
-            f"{failure.reason}, {failure}. The verdicts so far are kept: run the same command again to go on"
+            f"{failure.reason}, {failure}. The verdicts so far are kept: run the same command again to go on, with a "
+            "larger --max-failures if the server does answer others"
         )
 
     def _post(self, body: dict[str, Any]) -> Any:

@@ -30,7 +30,7 @@ class JudgeConfig:
         concurrency: questions under way at the same time.
         timeout: seconds for one answer.
         attempts: how often a question is asked that fails for a passing reason.
-        max_failures: questions in a row without an answer after which the server is given up.
+        max_failures: questions in a row without an answer after which the server is given up; see `ServerConfig`.
         ask_again: ask again where an earlier run was answered without a verdict, after the server was changed.
         settings: entries of the request that are added, replaced or (None) taken out, see `Rubric`.
         name: of the score column.
