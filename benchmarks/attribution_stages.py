@@ -219,7 +219,7 @@ def fdr_selection(work: Path, place: str, name: str, null: Any) -> int:
     try:
         return edit(config).removed
     except ConfigError as error:
-        if "takes no pair" not in str(error):
+        if not any(known in str(error) for known in ("takes no pair", "sign-flip null takes the scores")):
             raise
         return 0
     finally:
