@@ -27,7 +27,8 @@ from pairtrace.engine.cost import API, CostMeter, costs_path
 from pairtrace.engine.journal import Journal
 from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
-from pairtrace.errors import DataFormatError, JudgeError
+from pairtrace.engine.scores_table import ScoresTable
+from pairtrace.errors import ConfigError, DataFormatError, JudgeError
 from pairtrace.store.layout import OK
 from pairtrace.store.reader import ActivationStore
 
@@ -79,9 +80,11 @@ def score_by_judge(config: JudgeConfig, progress: Progress = NULL_PROGRESS) -> J
             it answered is kept.
         StoreError: the store cannot be read or is incomplete.
         DataError: the data is not there or is not that of the store, or the journal is damaged.
-        ConfigError: an option cannot be used, or a file cannot be written.
+        ConfigError: an option cannot be used, `out` holds the scores of another behaviour, judge or method, or a file
+            cannot be written.
     """
     begun = time.perf_counter()
+    _refuse_other_scores(config)
     rubric, client = config.load_rubric(), JudgeClient(config.server())
     store = ActivationStore.open(config.store)
     source = open_store_data(store, config.data)
@@ -98,7 +101,11 @@ def score_by_judge(config: JudgeConfig, progress: Progress = NULL_PROGRESS) -> J
         if config.ask_again:
             judging.forget_missing()
         if judging.verdicts:
-            logger.info("%s: %d verdicts are there already", path, len(judging.verdicts))
+            logger.info(
+                "%s holds %d answers of earlier runs; those to questions of this run are not asked for again",
+                path,
+                len(judging.verdicts),
+            )
         progress.start("judge", 2 * int(usable.sum()), "responses")
         keys = judging.run(source, usable, config.concurrency)
         progress.finish()
@@ -135,6 +142,8 @@ class _Judging:
         self.verdicts = dict(_replay(journal))
         self.asked = 0
         self.reused = 0
+        self._scored = 0
+        self._without: Counter[str] = Counter()
         self._known = frozenset(self.verdicts)
         self._client, self._rubric, self._journal, self._meter = client, rubric, journal, meter
         self._progress = progress
@@ -162,6 +171,7 @@ class _Judging:
                         seen.add(key)
                         if not new or key in self._known:
                             self.reused += new
+                            self._scored += new and self.verdicts[key].score is not None
                             self._progress.advance(1)
                             continue
                         self._pending[pool.submit(self._client.ask, self._rubric.body(pair.prompt, response))] = key
@@ -184,12 +194,12 @@ class _Judging:
         for future in done:
             if (error := future.exception()) is not None:
                 raise error
-        if self.asked >= _TRIAL_ANSWERS and all(verdict.score is None for verdict in self.verdicts.values()):
-            reasons = Counter(verdict.reason for verdict in self.verdicts.values())
+        answers = self._without.total()
+        if answers >= _TRIAL_ANSWERS and not self._scored:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self._without.most_common())
             raise JudgeError(
-                f"none of the {self.asked} answers of {self._client.address} holds a verdict "
-                f"({', '.join(f'{count} {reason}' for reason, count in reasons.most_common())}); the server seems to "
-                "ignore the JSON schema in response_format. After a change of the server run again with --ask-again"
+                f"none of the {answers} answers of {self._client.address} holds a verdict ({reasons}); the server "
+                "seems to ignore the JSON schema in response_format. After a change of the server run again with --ask-again"
             )
 
     def _keep(self, futures: Any) -> None:
@@ -202,11 +212,47 @@ class _Judging:
             self.asked += 1
             self.verdicts[key] = verdict
             self._meter.add(api_prompt_tokens=verdict.prompt_tokens, api_completion_tokens=verdict.completion_tokens)
+            if verdict.score is not None:
+                self._scored += 1
+            elif verdict.reason not in UNANSWERED:
+                self._without[verdict.reason] += 1
             if verdict.reason not in UNANSWERED:
                 entries.append({"key": key, "score": verdict.score, "reason": verdict.reason})
         self._progress.advance(len(futures))
         if entries:
             self._journal.append(entries)
+
+
+def _refuse_other_scores(config: JudgeConfig) -> None:
+    """Keep finished scores that another question or another method made.
+
+    Raises:
+        ConfigError: `out` is not what this run would make again.
+    """
+    if not Path(config.out).exists():
+        return
+    try:
+        manifest = ScoresTable.open(config.out, allow_top=True).manifest
+    except DataFormatError as error:
+        raise ConfigError(
+            f"--out is {config.out!r}, which is there and no scores file; choose another --out"
+        ) from error
+    details = manifest.get("details") if manifest.get("method") == "judge" else None
+    if not isinstance(details, dict):
+        raise ConfigError(
+            f"{config.out} holds scores of the method {manifest.get('method') or 'cosine'!r}; choose another --out"
+        )
+    wanted = {
+        "behavior": config.load_rubric().behavior,
+        "model": config.model,
+        "settings": dict(config.settings),
+    }
+    for name, value in wanted.items():
+        if details.get(name) != value:
+            raise ConfigError(
+                f"{config.out} holds a judge's scores for another {name}: {details.get(name)!r}, expected {value!r}; "
+                "choose another --out, or delete it (the answers beside it stay)"
+            )
 
 
 def _replay(journal: Journal) -> Iterator[tuple[str, Verdict]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from pairtrace.engine.baselines import judge, judge_client
 from pairtrace.engine.baselines.judge import score_by_judge
 from pairtrace.engine.baselines.judge_client import JudgeClient, ServerConfig
 from pairtrace.engine.baselines.judge_config import JudgeConfig
+from pairtrace.engine.baselines.simple import RandomConfig, score_random
 from pairtrace.engine.cost import costs_path, read_costs
 from pairtrace.engine.ranking import top
 from pairtrace.engine.scores_table import ScoresTable
@@ -312,9 +314,48 @@ def test_verdicts_belong_to_rubric_model_and_settings(store: SmallStore, tmp_pat
         rubric.write_text("blames the user\n")
         for changes in ({"behavior_text": None, "rubric": str(rubric)}, {"model": "n"}, {"settings": {"seed": 1}}):
             before = len(server.questions)
+            finished = out.read_bytes()
+            with pytest.raises(
+                ConfigError, match=r"scores for another (behavior|model|settings): .*choose another --out"
+            ):
+                score_by_judge(config(store, server.url, out, **changes))
+            assert out.read_bytes() == finished and len(server.questions) == before
+            out.unlink()
             assert score_by_judge(config(store, server.url, out, **changes)).asked == 22
             assert len(server.questions) == before + 22
+            out.unlink()
+            score_by_judge(config(store, server.url, out))
         assert score_by_judge(config(store, server.url, out)).reused == 22
+
+
+def test_other_files_are_not_overwritten(store: SmallStore, tmp_path: Path) -> None:
+    url = "http://127.0.0.1:1/v1"
+    text, other = tmp_path / "notes.parquet", tmp_path / "random.parquet"
+    text.write_text("mine")
+    with pytest.raises(ConfigError, match="no scores file; choose another --out"):
+        score_by_judge(config(store, url, text))
+    score_random(RandomConfig(store=store.path, out=str(other)))
+    with pytest.raises(ConfigError, match="method 'random'; choose another --out"):
+        score_by_judge(config(store, url, other))
+    assert text.read_text() == "mine"
+
+
+def test_answers_of_another_behaviour_do_not_count_as_verdicts(
+    store: SmallStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither for a server that has begun to talk, nor in what is said."""
+    monkeypatch.setattr(judge, "_TRIAL_ANSWERS", 6)
+    out = tmp_path / "judge.parquet"
+    with judge_server(honest) as server:
+        score_by_judge(config(store, server.url, out))
+    out.unlink()
+    with (
+        caplog.at_level(logging.INFO, logger="pairtrace"),
+        judge_server(lambda _: Reply("A 9.")) as server,
+        pytest.raises(JudgeError, match=r"none of the 6 answers .*\(6 prose\)"),
+    ):
+        score_by_judge(config(store, server.url, out, behavior_text="blames the user", concurrency=1))
+    assert "holds 22 answers of earlier runs; those to questions of this run" in caplog.text
 
 
 def test_equal_responses_are_one_question(tmp_path: Path) -> None:
