@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,8 @@ from pairtrace.engine.pair import Message
 from pairtrace.engine.scored_data import open_scored_data
 from pairtrace.engine.scores_table import ScoresTable
 from pairtrace.errors import ConfigError, DataMismatchError
+
+logger = logging.getLogger(__name__)
 
 Ends = Literal["both", "top", "bottom"]
 
@@ -199,6 +202,8 @@ def sources(
         raise ConfigError(f"no pair of {table.path} has a rank; there is nothing to share out")
     if k is None:
         k = max(1, count // 100)
+    if count < len(ranks):
+        logger.info("%d of %d pairs have no score and are in no figure below", len(ranks) - count, len(ranks))
     if not 1 <= k <= count:
         raise ConfigError(f"-k is {k}; expected 1 to {count}, the number of ranked pairs")
     names = np.array([name or "" for name in table.read(["source"]).column(0).to_pylist()], dtype=str)

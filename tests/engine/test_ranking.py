@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[SmallStore, str]:
     np.save(root / "harm.npy", any_values(1, 24))
     score(ScoreConfig(store=store.path, directions=(str(root / "harm.npy"),), out=str(root / "s.parquet")))
     return store, str(root / "s.parquet")
+
+
+def test_pairs_without_a_score_are_said(scored: tuple[SmallStore, str], caplog: pytest.LogCaptureFixture) -> None:
+    store, path = scored
+    ranked = len(expected_order(store))
+    assert ranked < 300
+    with caplog.at_level(logging.INFO, logger="pairtrace"):
+        assert sum(share.rows for share in sources(path)) == ranked
+    assert f"{300 - ranked} of 300 pairs have no score" in caplog.text
 
 
 def expected_order(store: SmallStore) -> list[int]:

@@ -199,7 +199,8 @@ class _Judging:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self._without.most_common())
             raise JudgeError(
                 f"none of the {answers} answers of {self._client.address} holds a verdict ({reasons}); the server "
-                "seems to ignore the JSON schema in response_format. After a change of the server run again with --ask-again"
+                "seems to ignore the JSON schema in response_format. "
+                "After a change of the server run again with --ask-again"
             )
 
     def _keep(self, futures: Any) -> None:
