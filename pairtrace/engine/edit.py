@@ -35,7 +35,7 @@ from pairtrace.engine.scored_data import open_scored_data
 from pairtrace.engine.scores_table import ScoresTable
 from pairtrace.engine.tables import file_digest
 from pairtrace.engine.versions import library_versions
-from pairtrace.errors import ConfigError, DataMismatchError
+from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def edit(config: EditConfig, progress: Progress = NULL_PROGRESS) -> EditSummary:
         StoreError: the store is needed (random null) and cannot be read.
     """
     begun = time.perf_counter()
-    table = ScoresTable.open(config.scores)
+    table = _open_scores(config)
     behavior = table.choose(config.behavior)
     _refuse_to_overwrite(table, config)
     source = _open_data(table, config)
@@ -111,6 +111,27 @@ def edit(config: EditConfig, progress: Progress = NULL_PROGRESS) -> EditSummary:
         sources=source_changes(decision),
         seconds=time.perf_counter() - begun,
     )
+
+
+def _open_scores(config: EditConfig) -> ScoresTable:
+    """The scores; DataFormatError says so where they and the data have changed places."""
+    try:
+        return ScoresTable.open(config.scores)
+    except DataFormatError as error:
+        if config.data is not None and _is_scores(config.data):
+            raise DataFormatError(
+                f"{config.data}, given as the data, is a scores file, and {config.scores}, given as the scores, is "
+                "not: the two look swapped; the data comes first"
+            ) from error
+        raise
+
+
+def _is_scores(path: str) -> bool:
+    try:
+        ScoresTable.open(path, allow_top=True)
+    except DataFormatError:
+        return False
+    return True
 
 
 def _open_data(table: ScoresTable, config: EditConfig) -> PairSource:

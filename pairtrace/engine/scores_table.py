@@ -34,6 +34,21 @@ def behavior_columns(name: str) -> dict[str, pa.DataType]:
     return {f"score:{name}": pa.float32(), f"rank:{name}": pa.int64(), f"percentile:{name}": pa.float32()}
 
 
+def _unreadable(path: Path, error: Exception) -> str:
+    """What was given instead of a scores file, in words."""
+    advice = "expected is the .parquet file that pairtrace score or pairtrace baseline wrote"
+    if (path / "zarr.json").is_file():
+        return f"{path} is an activation store, not a scores file; {advice} for it"
+    if path.is_dir():
+        return f"{path} is a directory, not a scores file; {advice}"
+    if path.is_file():
+        with path.open("rb") as stream:
+            parquet = stream.read(4) == b"PAR1"
+        if not parquet:
+            return f"{path} is not a scores file: it is not even parquet; {advice}"
+    return f"cannot read the scores file {path}: {error}"
+
+
 @dataclass(frozen=True)
 class ScoresTable:
     """A scores file.
@@ -65,7 +80,7 @@ class ScoresTable:
         try:
             schema = pq.read_schema(path)
         except (OSError, pa.ArrowInvalid) as error:
-            raise DataFormatError(f"cannot read the scores file {path}: {error}") from error
+            raise DataFormatError(_unreadable(Path(path), error)) from error
         metadata = (schema.metadata or {}).get(METADATA_KEY)
         behaviors = tuple(name.removeprefix("score:") for name in schema.names if name.startswith("score:"))
         expected = dict(FILE_COLUMNS)

@@ -232,6 +232,10 @@ def test_other_files_are_refused(cases: dict[str, Case], tmp_path: Path) -> None
         found_for(case, directions=turned.directions)
     with pytest.raises(DataFormatError, match=r"nowhere\.parquet"):
         diagnose(DiagnoseConfig(scores=str(tmp_path / "nowhere.parquet")))
+    with pytest.raises(DataFormatError, match=r"acts\.zarr is an activation store, not a scores file"):
+        diagnose(DiagnoseConfig(scores=case.store))
+    with pytest.raises(DataFormatError, match="is a directory, not a scores file"):
+        diagnose(DiagnoseConfig(scores=str(tmp_path)))
     with pytest.raises(ConfigError, match="choose one of: harm, harm-bank"):
         diagnose(DiagnoseConfig(scores=case.scores))
     with pytest.raises(ConfigError, match="at most half of the 760"):

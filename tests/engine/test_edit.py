@@ -321,6 +321,16 @@ def test_a_lopsided_ranking_is_not_cut_by_its_other_end(tmp_path: Path) -> None:
     assert not out.exists()
 
 
+def test_arguments_that_changed_places_are_told(tmp_path: Path) -> None:
+    data = pair_files.write_jsonl(tmp_path, ROWS)
+    path = write_scored(tmp_path / "s.parquet", data, any_scores())
+    out, rule = str(tmp_path / "e.parquet"), SelectionRule(k=1)
+    with pytest.raises(DataFormatError, match=r"s\.parquet, given as the data, is a scores file.*look swapped"):
+        edit(EditConfig(scores=str(data), data=path, out=out, action="filter", rule=rule))
+    with pytest.raises(DataFormatError, match="not a scores file: it is not even parquet; expected is the"):
+        edit(EditConfig(scores=str(data), data=str(data), out=out, action="filter", rule=rule))
+
+
 def test_an_edit_of_more_than_half_of_the_data_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = pair_files.write_jsonl(tmp_path, ROWS)
     path = write_scored(tmp_path / "s.parquet", data, any_scores())
