@@ -16,7 +16,9 @@ app = typer.Typer()
 def _cost(
     products: Annotated[
         list[str],
-        typer.Argument(help="Stores, direction and scores files, or the .costs.jsonl beside them.", metavar="FILE..."),
+        typer.Argument(
+            help="Stores, direction and scores files, trained checkpoints, or .costs.jsonl files.", metavar="FILE..."
+        ),
     ],
     gpu_hour: Annotated[float, typer.Option(help="Price of an hour of one device (on a CPU: of one core).")] = 0.0,
     million_prompt_tokens: Annotated[float, typer.Option(help="Price of a million tokens sent to an API.")] = 0.0,
@@ -34,5 +36,6 @@ def _cost(
         million_prompt_tokens=million_prompt_tokens,
         million_completion_tokens=million_completion_tokens,
     )
-    lines = cost_table(products, prices)
-    return Answer({"costs": [line.to_dict() for line in lines]}, json, text=costs_table(lines))
+    table = cost_table(products, prices)
+    figures = {"costs": [line.to_dict() for line in table.lines], "problems": list(table.problems)}
+    return Answer(figures, json, text=costs_table(table.lines), error="\nerror: ".join(table.problems) or None)

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pairtrace.engine.cost import CostRecord, Prices, costs_path, read_costs
+from pairtrace.engine.training.run_directory import COSTS as TRAINING_COSTS
+from pairtrace.engine.training.run_directory import RunDirectory
+from pairtrace.errors import DataFormatError
 
 TOTAL = "total"
 _SUMMED = ("wall_seconds", "device_seconds", "model_tokens", "flops", "api_prompt_tokens", "api_completion_tokens")
@@ -50,22 +53,59 @@ class CostLine:
         )
 
 
-def cost_table(products: Sequence[str | Path], prices: Prices) -> list[CostLine]:
-    """The table over several products or costs files: stages by method, in order of appearance, then each total.
+@dataclass(frozen=True, kw_only=True)
+class CostTable:
+    """Costs of several products.
 
-    A file that is named twice counts once.
+    Attributes:
+        lines: stages by method, in order of appearance, then each method's total.
+        problems: for each product that could not be counted, why.
+    """
+
+    lines: tuple[CostLine, ...]
+    problems: tuple[str, ...]
+
+
+def cost_table(products: Sequence[str | Path], prices: Prices) -> CostTable:
+    """The table over several products, directories of trained checkpoints, or costs files.
+
+    A file that is named twice counts once. What has no costs, or damaged ones, becomes a problem and leaves the others
+    standing.
 
     Raises:
-        DataFormatError: a product has no costs file, or it is damaged.
+        DataFormatError: no product can be counted.
     """
-    paths = dict.fromkeys(costs_path(product).resolve() for product in products)
+    problems: dict[str, None] = {}
     by_method: dict[str, dict[str, list[CostRecord]]] = {}
-    for path in paths:
-        for record in read_costs(path):
+    for path, product in {_costs_of(product).resolve(): product for product in products}.items():
+        if not path.exists():
+            problems[_missing(Path(product), path)] = None
+            continue
+        try:
+            records = read_costs(path)
+        except DataFormatError as error:
+            problems[str(error)] = None
+            continue
+        for record in records:
             by_method.setdefault(record.method, {}).setdefault(record.stage, []).append(record)
     lines = []
     for method, stages in by_method.items():
         lines += [CostLine.of(method, stage, records, prices) for stage, records in stages.items()]
         every = [record for records in stages.values() for record in records]
         lines.append(CostLine.of(method, TOTAL, every, prices))
-    return lines
+    if problems and not lines:
+        raise DataFormatError("\nerror: ".join(problems))
+    return CostTable(lines=tuple(lines), problems=tuple(problems))
+
+
+def _costs_of(product: str | Path) -> Path:
+    """A training keeps its costs inside its directory, an unfinished one inside `OUT.partial`."""
+    path = Path(product)
+    inside = (path / TRAINING_COSTS, RunDirectory(path).partial / TRAINING_COSTS)
+    return next((file for file in inside if file.exists()), costs_path(path))
+
+
+def _missing(product: Path, costs: Path) -> str:
+    if not product.exists() or product.resolve() == costs:
+        return f"there is no {product}; looked for its costs in {costs.name}"
+    return f"{product} has no costs: there is no {costs.name} beside it, so no stage of pairtrace that counts made it"

@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from pairtrace.cli import app
 from pairtrace.engine.cost import API, CostMeter, CostRecord, Prices, costs_path, read_costs, write_costs
 from pairtrace.engine.cost_table import cost_table
 from pairtrace.errors import ConfigError, DataFormatError
@@ -116,7 +118,7 @@ def test_the_table_adds_runs_and_stages(tmp_path: Path) -> None:
     write_costs(tmp_path / "b.costs.jsonl", [record(stage="warm-up", flops=2.0)])
     prices = Prices(gpu_hour=1.0)
     products = [tmp_path / "a.parquet", tmp_path / "a.costs.jsonl", tmp_path / "b.zarr"]
-    lines = {(line.method, line.stage): line for line in cost_table(products, prices)}
+    lines = {(line.method, line.stage): line for line in cost_table(products, prices).lines}
     assert list(lines) == [
         *(("gradient", "train"), ("gradient", "warm-up"), ("gradient", "total")),
         *(("judge", "score"), ("judge", "total")),
@@ -124,6 +126,25 @@ def test_the_table_adds_runs_and_stages(tmp_path: Path) -> None:
     train, total = lines["gradient", "train"], lines["gradient", "total"]
     assert (train.runs, train.flops, train.money, train.peak_memory_bytes) == (2, 10.0, 4.0, 3000)
     assert (total.runs, total.flops, total.money, total.wall_seconds) == (3, 12.0, 6.0, 300.0)
+
+
+def test_what_has_no_costs_leaves_the_others_standing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("m1", "m2.partial"):
+        (tmp_path / folder).mkdir()
+        write_costs(tmp_path / folder / "pairtrace_train.costs.jsonl", [record("dpo", flops=1.0)])
+    (tmp_path / "clean.parquet").touch()
+    (tmp_path / "bad.costs.jsonl").write_text("[]")
+    table = cost_table(["clean.parquet", "m1", "nothing.zarr", "bad.parquet", "m2/", "clean.parquet"], Prices())
+    assert [(line.method, line.stage, line.runs) for line in table.lines] == [("dpo", "train", 2), ("dpo", "total", 2)]
+    none, absent, bad = table.problems
+    assert none.startswith("clean.parquet has no costs: there is no clean.costs.jsonl beside it")
+    assert absent.startswith("there is no nothing.zarr")
+    assert "bad.costs.jsonl, line 1 is not a cost record" in bad
+    shown = CliRunner().invoke(app, ["cost", "m1", "clean.parquet", "bad.parquet"])
+    assert shown.exit_code == 1
+    assert "dpo" in shown.stdout and "dpo" not in shown.stderr
+    assert [line[:7] for line in shown.stderr.splitlines()] == ["error: ", "error: "]
 
 
 @pytest.mark.parametrize(
