@@ -130,6 +130,9 @@ def _require_agreement(prompts: list[BehaviorPrompt], path: Path) -> None:
 
 def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place for messages, raw entry) for every entry of the file."""
+    if path.is_dir():
+        kind = "is a checkpoint" if (path / "config.json").exists() else "is a directory"
+        raise DataFormatError(f"{path} {kind}; PROMPTS, a .yaml or .jsonl file, comes first, and the models after it")
     suffixes = "".join(path.suffixes).lower()
     try:
         raw = gzip.decompress(path.read_bytes()) if suffixes.endswith(".gz") else path.read_bytes()

@@ -116,6 +116,13 @@ def test_a_missing_file_is_a_format_error(tmp_path: Path) -> None:
         load_prompts(tmp_path / "none.yaml")
 
 
+@pytest.mark.parametrize(("file", "kind"), [("config.json", "is a checkpoint"), ("notes.txt", "is a directory")])
+def test_a_directory_in_place_of_the_prompts_is_named(tmp_path: Path, file: str, kind: str) -> None:
+    (tmp_path / file).touch()
+    with pytest.raises(DataFormatError, match=rf"{kind}; PROMPTS, a .yaml or .jsonl file, comes first"):
+        load_prompts(tmp_path)
+
+
 @pytest.mark.parametrize("kept", [15, -3])
 def test_a_cut_gzip_file_is_refused(tmp_path: Path, kept: int) -> None:
     whole = gzip.compress(jsonl({"id": "a", "prompt": "x" * 500}).encode())

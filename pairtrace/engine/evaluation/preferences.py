@@ -88,7 +88,8 @@ def render_held_out(config: EvaluateConfig, source: PairSource, checkpoint: Chec
             else:
                 pairs.append(result)
     if not pairs:
-        raise DataError(f"none of the {source.rows} pairs of {config.data} can be used: {dict(reasons)}")
+        counted = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        raise DataError(f"none of the {source.rows:,} pairs of {config.data} can be used: {counted}")
     longest = max(max(len(pair.chosen_ids), len(pair.rejected_ids)) for pair in pairs)
     if encoder.context is not None and longest > encoder.context:
         raise ConfigError(

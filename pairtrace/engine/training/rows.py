@@ -62,5 +62,6 @@ def read_rows(source: PairSource, renderer: Renderer, progress: Progress = NULL_
     found = TrainingRows(pairs=pairs, dropped=dropped)
     if not pairs:
         first = f"; row {dropped[0].row}: {dropped[0].reason}" if dropped else ""
-        raise DataError(f"none of the {source.rows} rows can be trained on ({found.reasons}){first}")
+        counted = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.items())
+        raise DataError(f"none of the {source.rows:,} rows can be trained on ({counted}){first}")
     return found
