@@ -14,7 +14,8 @@ from pairtrace.store.writer import StoreWriter
 from tests.store.crashes import assert_marked_shards_are_whole
 from tests.store.samples import make_block, make_manifest, shard_count, tree_bytes, write_store
 
-MANIFEST = make_manifest(rows=98, sides=True)
+# Many more shards than are written at the same time: kills shall strike after different numbers of them.
+MANIFEST = make_manifest(rows=290, sides=True)
 # A forked child starts in milliseconds; the server it is forked from is a fresh process without threads.
 CONTEXT = multiprocessing.get_context("forkserver")
 
