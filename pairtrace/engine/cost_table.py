@@ -20,7 +20,8 @@ _SUMMED = ("wall_seconds", "device_seconds", "model_tokens", "flops", "api_promp
 class CostLine:
     """One line of the table: all runs of a stage, or of a method where `stage` is "total".
 
-    The figures are those of `CostRecord`, added up over the runs; of `peak_memory_bytes` it is the largest.
+    The figures are those of `CostRecord`, added up over the runs; of `peak_memory_bytes` it is the largest. A gradient
+    baseline with `--procedure published` counts as a method of its own.
     `money` is at the prices given.
     """
 
@@ -87,7 +88,7 @@ def cost_table(products: Sequence[str | Path], prices: Prices) -> CostTable:
             problems[str(error)] = None
             continue
         for record in records:
-            by_method.setdefault(record.method, {}).setdefault(record.stage, []).append(record)
+            by_method.setdefault(_method(record), {}).setdefault(record.stage, []).append(record)
     lines = []
     for method, stages in by_method.items():
         lines += [CostLine.of(method, stage, records, prices) for stage, records in stages.items()]
@@ -105,7 +106,12 @@ def _costs_of(product: str | Path) -> Path:
     return next((file for file in inside if file.exists()), costs_path(path))
 
 
+def _method(record: CostRecord) -> str:
+    # The gradients of the published procedure cost many times what the batched ones do.
+    return f"{record.method} (published)" if record.extra.get("procedure") == "published" else record.method
+
+
 def _missing(product: Path, costs: Path) -> str:
     if not product.exists() or product.resolve() == costs:
         return f"there is no {product}; looked for its costs in {costs.name}"
-    return f"{product} has no costs: there is no {costs.name} beside it, so no stage of pairtrace that counts made it"
+    return f"{product} has no costs: there is no {costs.name} beside it (made by hand, or by a command that measures nothing)"

@@ -128,6 +128,16 @@ def test_the_table_adds_runs_and_stages(tmp_path: Path) -> None:
     assert (total.runs, total.flops, total.money, total.wall_seconds) == (3, 12.0, 6.0, 300.0)
 
 
+def test_the_published_procedure_is_kept_apart(tmp_path: Path) -> None:
+    records = [record(extra={"procedure": name}, flops=flops) for name, flops in (("batched", 1.0), ("published", 9.0))]
+    write_costs(tmp_path / "a.costs.jsonl", records)
+    lines = cost_table([tmp_path / "a.parquet"], Prices()).lines
+    assert [(line.method, line.flops) for line in lines if line.stage == "total"] == [
+        ("gradient", 1.0),
+        ("gradient (published)", 9.0),
+    ]
+
+
 def test_what_has_no_costs_leaves_the_others_standing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("m1", "m2.partial"):
