@@ -20,11 +20,14 @@ from pairtrace.options import (
     Truncation,
     settings,
 )
-from pairtrace.terminal import Answer, progress
+from pairtrace.terminal import Answer, progress, summary_text
 
 logger = logging.getLogger("pairtrace")
 
 app = typer.Typer()
+
+_ABOUT = """last_loss and last_accuracy are means over the last tenth of the log, not values of the last step;
+tokens, flops and seconds are this process's, all_processes adds those of interrupted ones"""
 
 
 @app.command("train", epilog="Example: pairtrace train ./sft-checkpoint clean.parquet --out ./dpo-clean --seed 1")
@@ -105,4 +108,5 @@ def _train(
     summary = train(TrainConfig(**options), progress())
     if summary.already_complete:
         logger.info("%s is already trained with these settings: nothing to do", out)
-    return Answer(summary.to_dict(), json)
+    figures = summary.to_dict()
+    return Answer(figures, json, text=f"{summary_text(figures)}\n{_ABOUT}")

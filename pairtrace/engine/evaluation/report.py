@@ -251,4 +251,5 @@ def _difference_text(found: Difference) -> str:
     if found.value is None:
         return "difference -"
     chance = "" if found.p_value is None else f", p {found.p_value:.2g}"
-    return f"difference {found.value:+.1%} ({found.low:+.1%} to {found.high:+.1%}{chance})"
+    of = f" on {found.requests} of {found.requests + found.dropped} requests" if found.dropped else ""
+    return f"difference {found.value:+.1%} ({found.low:+.1%} to {found.high:+.1%}{chance}){of}"

@@ -31,6 +31,9 @@ _LIBRARIES = ("accelerate", "datasets", "peft", "trl")
 # The first loss is that of equal models; this much is left to the rounding of bfloat16, at beta 0.1.
 _FIRST_LOSS_TOLERANCE = 0.05
 
+# Rows that an error names.
+_ROWS_NAMED = 4
+
 ReferencePass = Callable[[Callable[[dict[str, torch.Tensor]], torch.Tensor]], np.ndarray]
 """From a function that computes log-probabilities, [S], of a batch of S sequences, to those of all pairs, [N, 2]."""
 
@@ -134,12 +137,12 @@ class PairTrainer(DPOTrainer):
         return norm
 
     def _refuse(self, problem: str) -> None:
-        pairs = [self._pairs[index] for index in self._step_pairs]
-        named = ", ".join(f"row {pair.row} (pair {pair.pair_id.hex()})" for pair in pairs)
+        rows = [self._pairs[index].row for index in self._step_pairs]
+        more = f" and {len(rows) - _ROWS_NAMED} more" if len(rows) > _ROWS_NAMED else ""
         raise TrainingError(
-            f"{problem} in step {self.state.global_step + 1}, whose pairs are {named}; the weights were not changed by "
-            "it, and earlier checkpoints of the run are kept. Try a smaller learning rate, a smaller --max-grad-norm, "
-            "or --compute-dtype float32, and look at these pairs"
+            f"{problem} in step {self.state.global_step + 1}; try a smaller --learning-rate, a smaller "
+            "--max-grad-norm, or --compute-dtype float32. The step did not change the weights, and earlier checkpoints "
+            f"of the run are kept. Its pairs are those of rows {', '.join(map(str, rows[:_ROWS_NAMED]))}{more}"
         )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

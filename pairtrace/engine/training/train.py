@@ -36,8 +36,9 @@ class TrainSummary:
         reference_computed: sequences whose reference log-probability this run computed.
         reference_cached: distinct lookups that needed no forward pass.
         first_loss: loss of the first step; ln 2 for the plain DPO loss.
-        last_loss: mean loss of the last tenth of the steps (at least ten of them, where there are).
-        last_accuracy: share of pairs whose implicit reward was right in those steps.
+        last_loss: mean over the log's entries of the last tenth of the steps (the last entry in any case); an entry is
+            the mean of its steps.
+        last_accuracy: share of pairs whose implicit reward was right, over the same entries.
         tokens: tokens of the training passes of the process that finished the run, without padding.
         flops: of this process, its reference pass included.
         seconds: wall time of this process, loading included.

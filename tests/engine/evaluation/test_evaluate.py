@@ -299,6 +299,7 @@ def test_verdicts_of_a_rollouts_file(tmp_path: Path) -> None:
     gap = next(c.difference for c in result.comparisons if c.cell == "harmful")
     assert (gap.value, gap.only_this, gap.p_value) == (1.0, 2, 0.5)
     assert "2 verdicts could not be given" in result.to_text()
+    assert len(re.findall(r"difference .* on 1 of 2 requests", result.to_text())) >= 1
     assert result.judge == "column:bad"
 
 

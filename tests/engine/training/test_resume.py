@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from pairtrace.cli import app
 from pairtrace.engine.cost import read_costs
 from pairtrace.engine.training.run_directory import RunDirectory
 from pairtrace.engine.training.train import train
@@ -205,3 +207,11 @@ def test_two_processes_do_not_train_into_one_directory(tmp_path: Path) -> None:
     lock.release()
     RunDirectory(tmp_path / "m1").begin({"seed": 0}).release()
     assert json.loads((tmp_path / "m1.partial" / "run.json").read_text()) == {"seed": 0}
+
+
+def test_the_command_says_what_its_figures_are(small: Path, data: Path, trained: Path) -> None:
+    arguments = ["train", str(small), str(data), "--out", str(trained), "--epochs", "2", "--batch-size", "8"]
+    shown = CliRunner().invoke(app, [*arguments, "--learning-rate", "1e-3", "--device", "cpu"])
+    assert shown.exit_code == 0, shown.output
+    assert "last_loss and last_accuracy are means over the last tenth of the log" in shown.output
+    assert "all_processes adds those of interrupted ones" in shown.output

@@ -227,9 +227,9 @@ def test_other_losses(small: Path, data: Path, tmp_path: Path, loss: tuple[str, 
 
 def test_exploding_loss_stops_with_step_and_pairs(small: Path, data: Path, tmp_path: Path) -> None:
     options = {"learning_rate": 1e25, "warmup": 0.0, "max_grad_norm": 0.0, "save_steps": 1, "epochs": 3}
-    with pytest.raises(TrainingError, match=r"in step \d+, whose pairs are row \d+ \(pair [0-9a-f]{32}\)") as caught:
+    with pytest.raises(TrainingError, match=r"in step \d+; try .* rows (\d+, ){3}\d+ and 4 more$") as caught:
         run(small, data, tmp_path / "m1", **options)
-    assert str(caught.value).count("row ") >= 8
+    assert "earlier checkpoints of the run are kept" in str(caught.value)
     assert not (tmp_path / "m1").exists()
     assert (tmp_path / "m1.partial" / "run.json").is_file()
     assert list((tmp_path / ".pairtrace-reference").rglob("*.npy"))
