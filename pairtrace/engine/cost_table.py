@@ -114,4 +114,4 @@ def _method(record: CostRecord) -> str:
 def _missing(product: Path, costs: Path) -> str:
     if not product.exists() or product.resolve() == costs:
         return f"there is no {product}; looked for its costs in {costs.name}"
-    return f"{product} has no costs: there is no {costs.name} beside it (made by hand, or by a command that measures nothing)"
+    return f"{product} has no costs: there is no {costs.name} beside it; only pairtrace's own stages leave one"
