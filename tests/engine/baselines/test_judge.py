@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -17,7 +15,6 @@ import pytest
 
 from pairtrace.engine.baselines import judge, judge_client
 from pairtrace.engine.baselines.judge import score_by_judge
-from pairtrace.engine.baselines.judge_client import JudgeClient, ServerConfig
 from pairtrace.engine.baselines.judge_config import JudgeConfig
 from pairtrace.engine.baselines.simple import RandomConfig, score_random
 from pairtrace.engine.cost import costs_path, read_costs
@@ -243,42 +240,6 @@ def test_a_server_that_dies_stops_the_run_and_nothing_is_lost(
     assert (summary.asked, summary.reused) == (13, 9)
     assert scores_of(out) == expected()
     assert [cost.api_prompt_tokens for cost in read_costs(costs_path(out))] == [900, 1300]
-
-
-def test_questions_that_hang_together_are_missing(tmp_path: Path) -> None:
-    """They run out of time one right after another, when all other questions have long been answered."""
-    made = make_store(tmp_path, rows=60, quarantined=(), zero=())
-    hanging = {f" {side} {row}" for row in range(3, 60, 10) for side in ("yes", "no")}
-    out = tmp_path / "judge.parquet"
-    with judge_server(lambda q: Reply(delay=6.0) if q.response in hanging else honest(q)) as server:
-        summary = score_by_judge(config(made, server.url, out, timeout=2.5, attempts=1, concurrency=32))
-    assert summary.missing == {"timeout": 12}
-    assert scores_of(out) == [None if row % 10 == 3 else 5.0 for row in range(60)]
-
-
-def test_a_failure_counts_where_nothing_was_answered_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two questions hang while a third is answered; two more get no answer, and nobody else does either."""
-    client = JudgeClient(ServerConfig(base_url="http://127.0.0.1:1/v1", attempts=1, max_failures=2))
-    begun, go_on = threading.Barrier(3), threading.Event()
-
-    def post(body: dict[str, Any]) -> Any:
-        if body["kind"] == "answered":
-            return {"choices": [{"message": {"content": rating(5)}, "finish_reason": "stop"}]}
-        if body["kind"] == "hangs":
-            begun.wait(30)
-            assert go_on.wait(30)
-        raise judge_client._AttemptError(judge_client.TIMEOUT, "no answer")
-
-    monkeypatch.setattr(client, "_post", post)
-    with ThreadPoolExecutor(2) as pool:
-        waiting = [pool.submit(client.ask, {"kind": "hangs"}) for _ in range(2)]
-        begun.wait(30)
-        assert client.ask({"kind": "answered"}).score == 5
-        go_on.set()
-        assert [one.result().reason for one in waiting] == ["timeout", "timeout"]
-    assert client.ask({"kind": "fails"}).reason == "timeout"
-    with pytest.raises(JudgeError, match=r"2 questions in a row.*--max-failures"):
-        client.ask({"kind": "fails"})
 
 
 def test_no_server_at_all(store: SmallStore, tmp_path: Path) -> None:
