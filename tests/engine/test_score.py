@@ -340,8 +340,12 @@ def test_other_files_are_no_scores_files(tmp_path: Path) -> None:
     with pytest.raises(DataFormatError, match=r"is not a scores file \(columns a\)"):
         ScoresTable.open(tmp_path / "other.parquet")
     (tmp_path / "text.parquet").write_text("x")
-    for name in ("text.parquet", "absent.parquet"):
-        with pytest.raises(DataFormatError, match="cannot read"):
+    for name, message in (
+        ("text.parquet", "text.parquet is not a scores file: it is not even parquet"),
+        ("absent.parquet", "cannot read the scores file .*absent.parquet"),
+        (".", "is a directory, not a scores file"),
+    ):
+        with pytest.raises(DataFormatError, match=message):
             ScoresTable.open(tmp_path / name)
 
 
