@@ -351,9 +351,6 @@ def test_a_reader_that_ignores_missing_rows_is_caught(root: Path, monkeypatch: p
         assert_same_content(ActivationStore.open(root), expected_arrays(MANIFEST))
 
 
-# Metadata
-
-
 def test_no_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="no such store"):
