@@ -27,11 +27,15 @@ def require_writable(path: str | Path) -> None:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is flushed to disk and takes the place of `path`.
 
     Missing parent directories are made. When the body raises, the temporary file is removed and `path` is as it
     was before.
+
+    Args:
+        path: of the file.
+        durable: flush it to disk; False spares the wait, and a power cut may cost the file, a killed process does not.
 
     Raises:
         ConfigError: the file cannot be written (no permission, read-only or full disk, `path` is a directory).
@@ -43,8 +47,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
         if path.is_dir():
             raise ConfigError(f"cannot write {path}: it is a directory; give a file name")
         yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
+        if durable:
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(

@@ -278,7 +278,8 @@ def write_costs(path: str | Path, records: Iterable[CostRecord]) -> None:
         ConfigError: it cannot be written.
     """
     lines = [json.dumps(record.to_dict(), sort_keys=True) + "\n" for record in records]
-    with replacing(path) as temporary:
+    # Written now and then, and at the end of commands that take less time than a disk to say that it is safe.
+    with replacing(path, durable=False) as temporary:
         temporary.write_text("".join(lines), encoding="utf-8")
 
 
