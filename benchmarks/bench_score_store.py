@@ -3,12 +3,12 @@
     python benchmarks/bench_score_store.py            # up to 1,000,000 x 4,096; 9 GB of disk, under ten minutes
     python benchmarks/bench_score_store.py --quick    # up to 6,144 x 256
 
-The command runs in a process of its own, twice: first on a store of one shard, which brings the imports and the
-compiled code (the start-up), then on the store in question, which is timed from its first line to the end of the
-written table. Start-up alone and the command as it is typed are shown apart. The plain read is `readinto` one buffer of
-a megabyte, one thread, file after file. Cold means that the files' pages were dropped from the page cache, which is
-checked. Memory is the anonymous resident part of the process (RssAnon), sampled every 20 ms; mapped files are page
-cache.
+The command runs in a process of its own, twice: first on a store of one shard, which brings the imports, the command-
+line parser and the compiled code (the start-up), then on the store in question, which is timed from its first line to
+the end of the written table. Start-up alone and the command as it is typed are shown apart. The plain read is
+`readinto` one buffer of a megabyte, one thread, file after file. Cold means that the files' pages were dropped from the
+page cache, which is checked. Memory is the anonymous resident part of the process (RssAnon), sampled every 20 ms;
+mapped files are page cache.
 """
 
 from __future__ import annotations
@@ -46,10 +46,12 @@ SAMPLE_SECONDS = 0.02
 # The command, first on a small store and then, timed, on the other one.
 CHILD = """
 import sys, time
+from typer.main import get_command
 from pairtrace.cli import app
+pairtrace = get_command(app)
 for store, out in ((sys.argv[1], sys.argv[2]), (sys.argv[3], sys.argv[4])):
     begun = time.perf_counter()
-    app(["--quiet", "score", store, sys.argv[5], "--out", out, "--json"], standalone_mode=False)
+    pairtrace(["--quiet", "score", store, sys.argv[5], "--out", out, "--json"], standalone_mode=False)
 print(time.perf_counter() - begun)
 """
 

@@ -169,11 +169,13 @@ def _score(config: ScoreConfig, meter: CostMeter, progress: Progress) -> ScoreSu
         else TopScores(len(directions), usable, config.keep_top)
     )
     # Small files, asked for meanwhile: waiting for the disk one by one would take as long as reading a large part.
-    # They are decoded afterwards, since the kernels use every core.
+    # They are decoded afterwards, while the scores are ranked, since the kernels use every core.
     with ThreadPoolExecutor(1, thread_name_prefix="pairtrace-names") as pool:
         pool.submit(store.prefetch, PairNames.ARRAYS)
         _run(_blocks(config, store, layer, directions), tally, usable, progress)
-    names = PairNames.read(store)
+        reading = pool.submit(PairNames.read, store)
+        rankings = {direction.name: tally.ranking(column) for column, direction in enumerate(directions)}
+        names = reading.result()
     statistics = [tally.statistics(column) for column in range(len(directions))]
     rows = tally.rows()
     counts = {
@@ -184,7 +186,6 @@ def _score(config: ScoreConfig, meter: CostMeter, progress: Progress) -> ScoreSu
         "undefined": statistics[0].undefined,
         "missing": int((status == MISSING).sum()),
     }
-    rankings = {direction.name: tally.ranking(column) for column, direction in enumerate(directions)}
     write_scores(config.out, names, rows, rankings, _manifest(config, store, layer, directions, counts, tally))
     # A dot product of each row with each direction, and the row's own norm.
     meter.add(flops=2.0 * store.rows * store.width * (1 + sum(len(direction.values) for direction in directions)))

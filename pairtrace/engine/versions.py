@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import metadata
 
 from pairtrace.version import __version__
@@ -11,4 +12,10 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "zarr", "numpy")
 
 def library_versions() -> dict[str, str]:
     """Installed versions of pairtrace and the libraries that decide the values, by name."""
-    return {"pairtrace": __version__, **{name: metadata.version(name) for name in LIBRARIES}}
+    return {"pairtrace": __version__, **{name: _installed(name) for name in LIBRARIES}}
+
+
+@cache
+def _installed(name: str) -> str:
+    # A library's metadata take milliseconds to parse, and stay as they are while a process runs.
+    return metadata.version(name)
