@@ -14,15 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from pairtrace.engine.dask_cluster import check_workers, cluster_failures, connect, one_thread
 from pairtrace.engine.score_blocks import Scorer
-from pairtrace.errors import ConfigError, MissingDependencyError, StoreDamagedError, StoreError
+from pairtrace.errors import StoreDamagedError, StoreError
 from pairtrace.store.dask_view import open_rows, store_identity
 from pairtrace.store.reader import ActivationStore
-from pairtrace.version import __version__
 
 logger = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 10
 # Enough that a worker has its next shards at hand while the scores of the last one travel.
 _TASKS_PER_THREAD = 4
 
@@ -49,9 +48,9 @@ def cluster_scores(
         StoreDamagedError: a chunk is damaged; the message names shard and rows.
         MissingDependencyError: Dask is not installed.
     """
-    client = _connect(address)
+    client = connect(address)
     with closing(client):
-        threads = _check_workers(client, address)
+        threads = check_workers(client, address)
         identity = store_identity(store.manifest)
         path = store.path if "://" in store.path else str(Path(store.path).absolute())
         # A task that gives the directions, so that they travel once to each worker and outlive any of them.
@@ -68,56 +67,14 @@ def cluster_scores(
             yield _next_of(pending, address)
 
 
-def _connect(address: str) -> Any:
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise MissingDependencyError("dask[distributed]", "discover", "--scheduler") from error
-    try:
-        return Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"no Dask scheduler answers at {address!r} within {CONNECT_SECONDS} s ({error}); expected an address like "
-            "tcp://host:8786, as dask scheduler prints it"
-        ) from error
-
-
-def _check_workers(client: Any, address: str) -> int:
-    """Number of threads of all workers, which have this version of pairtrace; ConfigError where not."""
-    threads: int = sum(client.nthreads().values())
-    if not threads:
-        raise ConfigError(f"the Dask scheduler at {address} has no workers; start some with: dask worker {address}")
-    found = client.run(_worker_version, on_error="return")
-    for worker, version in found.items():
-        if version != __version__:
-            raise ConfigError(
-                f"the Dask worker at {worker} has another pairtrace ({version}) than this one ({__version__}); install "
-                "the same version on every worker"
-            )
-    return threads
-
-
 def _next_of(pending: deque[tuple[int, Any]], address: str) -> tuple[int, np.ndarray]:
-    from distributed import KilledWorker
-    from distributed.client import FutureCancelledError
-
     start, future = pending.popleft()
-    try:
+    with cluster_failures(address):
         scores: np.ndarray = future.result()
-    except (StoreError, ConfigError):
-        raise
-    except (KilledWorker, FutureCancelledError, OSError) as error:
-        raise ConfigError(f"the Dask cluster at {address} failed: {error}; run the same command again") from error
     return start, scores.copy()  # what arrives is read-only
 
 
 # On the workers
-
-
-def _worker_version() -> str:
-    from pairtrace.version import __version__ as version
-
-    return version
 
 
 def _given(scorer: Scorer) -> Scorer:
@@ -126,7 +83,6 @@ def _given(scorer: Scorer) -> Scorer:
 
 def _score_shard(path: str, identity: str, array: str, shard: int, scorer: Scorer, *, checksum: bool) -> np.ndarray:
     """Scores float32 [n, B] of one shard."""
-    import numba
     from distributed import get_worker
 
     try:
@@ -138,11 +94,7 @@ def _score_shard(path: str, identity: str, array: str, shard: int, scorer: Score
             f"the Dask worker at {get_worker().address} cannot open the store: {error}; every worker has to see it at "
             "this path"
         ) from error
-    threads = numba.get_num_threads()
-    numba.set_num_threads(1)
-    try:
+    with one_thread():
         scaled = reader.manifest.dtype == "int8"
         norms = reader.chunk(array.replace("diff/", "norm/"), shard, checksum=checksum) if scaled else None
         return scorer.scores(reader.vectors(array, shard, checksum=checksum), norms)
-    finally:
-        numba.set_num_threads(threads)

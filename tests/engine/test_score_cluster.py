@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import builtins
-import os
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +12,15 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from distributed import Client, LocalCluster
+from distributed import LocalCluster
 
-from pairtrace.engine import score_cluster
+from pairtrace.engine import dask_cluster, score_cluster
 from pairtrace.engine.directions import load_directions
 from pairtrace.engine.score import ScoreConfig, score
 from pairtrace.engine.score_blocks import Scorer, local_scores
 from pairtrace.errors import ConfigError, MissingDependencyError, StoreDamagedError, StoreError
 from pairtrace.store.reader import ActivationStore
+from tests.engine.clusters import kill_a_worker, running_cluster
 from tests.engine.small_store import SmallStore, any_values, make_store
 from tests.engine.test_score import behavior_file
 
@@ -31,26 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 @pytest.fixture(scope="module")
 def scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a scheduler with two workers, started as a user starts them, and killed at the end."""
-    file = str(tmp_path_factory.mktemp("cluster") / "scheduler.json")
-    worker = ["worker", "--scheduler-file", file, "--no-nanny", "--nthreads", "1", "--no-dashboard"]
-    commands = [["scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", file], worker, worker]
-    running = [
-        subprocess.Popen([sys.executable, "-m", "dask", *command], stderr=subprocess.DEVNULL, cwd=Path(file).parent)
-        for command in commands
-    ]
-    try:
-        while not Path(file).exists():
-            assert running[0].poll() is None, "the scheduler has ended"
-            time.sleep(0.1)
-        with Client(scheduler_file=file, set_as_default=False, timeout=120) as client:
-            client.wait_for_workers(2, timeout=120)
-            address = client.scheduler.address
-        yield address
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
+    """Address of a scheduler with two workers."""
+    with running_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster.address
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +99,7 @@ def test_a_killed_worker_changes_nothing(scheduler: str, store: SmallStore, beha
     expected = list(local_scores(opened, 5, scorer, checksum=True))
     blocks = score_cluster.cluster_scores(scheduler, opened, 5, scorer, checksum=True)
     found = [next(blocks)]
-    with Client(scheduler, set_as_default=False) as client:
-        worker = min(client.run(os.getpid).values())
-        os.kill(worker, signal.SIGKILL)
+    kill_a_worker(scheduler)
     found.extend(blocks)
     assert [start for start, _ in found] == [start for start, _ in expected]
     for (_, there), (_, here) in zip(found, expected, strict=True):
@@ -158,7 +137,7 @@ def test_a_worker_that_cannot_see_the_store_says_so(
 def test_addresses_where_nothing_answers(
     store: SmallStore, behaviors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_cluster, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(dask_cluster, "CONNECT_SECONDS", 1)
     for address in ("tcp://127.0.0.1:1", "nonsense://x"):
         with pytest.raises(ConfigError, match=f"no Dask scheduler answers at '{address}' within 1 s"):
             scores_of(tmp_path / "s.parquet", store=store.path, directions=(behaviors,), scheduler=address)
@@ -176,7 +155,7 @@ def test_a_scheduler_without_workers(store: SmallStore, behaviors: str, tmp_path
 def test_another_version_on_a_worker_is_refused(
     scheduler: str, store: SmallStore, behaviors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_cluster, "__version__", "99.0")
+    monkeypatch.setattr(dask_cluster, "__version__", "99.0")
     with pytest.raises(ConfigError, match=r"Dask worker at tcp.* has another pairtrace \(.*\) than this one \(99.0\)"):
         scores_of(tmp_path / "s.parquet", store=store.path, directions=(behaviors,), scheduler=scheduler)
 
