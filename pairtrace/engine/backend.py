@@ -5,7 +5,6 @@ Legend: N pairs, L layers, D width, T tokens of a pack.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,29 +23,21 @@ from pairtrace.engine.checkpoint import (
 )
 from pairtrace.engine.cost import CostMeter
 from pairtrace.engine.flops import ModelShape
-from pairtrace.engine.memory import is_out_of_memory
+from pairtrace.engine.packed_model import PackedModel, check_token_budget
 from pairtrace.engine.packing import (
     CHOSEN,
     REJECTED,
     SHARED,
     Pack,
     build_pack,
-    next_members,
     packed_flops,
-    packed_tokens,
 )
 from pairtrace.engine.rendering import RenderedPair
-from pairtrace.errors import ConfigError, ModelError, UnsupportedModelError
+from pairtrace.errors import ConfigError
 from pairtrace.kernels.pooling import segment_mean
-from pairtrace.kernels.segment_attention import SegmentPlan, segment_attention
 
-logger = logging.getLogger(__name__)
-
-ATTENTION_NAME = "pairtrace_tree"
 # Packs of about a thousand tokens keep a CPU's caches warm; a GPU wants enough rows to fill its matrix units.
 DEFAULT_TOKEN_BUDGET = {"cpu": 1024, "cuda": 32768}
-# Passed by transformers to every attention function, without meaning for a forward pass over whole sequences.
-_INERT_KEYWORDS = frozenset({"position_ids", "cache_position", "output_attentions", "use_cache", "is_causal"})
 
 OnPack = Callable[[int, int], None]
 
@@ -77,57 +68,13 @@ class Backend(Protocol):
         """Return the pooled activations of `pairs` in order; `on_pack(pairs, tokens)` hears of every pack."""
 
 
-def _tree_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    pair_plan: SegmentPlan | None = None,
-    **others: Any,
-) -> tuple[torch.Tensor, None]:
-    """The attention function that transformers calls; refuses whatever it would have to ignore."""
-    if pair_plan is None or attention_mask is not None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} does not hand the pack's plan to its attention, or builds a mask of its own"
-        )
-    unknown = sorted(name for name, given in others.items() if given is not None and name not in _INERT_KEYWORDS)
-    if unknown:
-        raise UnsupportedModelError(f"{type(module).__name__} uses attention features not reproduced here: {unknown}")
-    assert dropout == 0.0
-    output = segment_attention(
-        query,
-        key,
-        value,
-        pair_plan,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-    )
-    return output.transpose(1, 2), None
-
-
-def register_attention() -> None:
-    """Make the attention of packs known to transformers, under `ATTENTION_NAME`."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(ATTENTION_NAME, _tree_attention)
-
-
-class HFBackend:
+class HFBackend(PackedModel):
     """A decoder cut at the deepest layer asked for, run over packs of pairs.
 
     Attributes:
         layers: residual layers that are read; `l` is the stream after `l` blocks, 0 the embedding output.
         width: D.
-        compute_dtype: name of the dtype of the forward pass.
         fingerprint: fingerprint of the weights.
-        token_budget: tokens per pack; halved whenever memory runs out.
-        out_of_memory: how many times it was halved.
     """
 
     def __init__(
@@ -140,22 +87,13 @@ class HFBackend:
         fingerprint: str = "",
         meter: CostMeter | None = None,
     ) -> None:
-        register_attention()
+        setattr(model, family.final_norm, torch.nn.Identity())
+        super().__init__(model, token_budget, DEFAULT_TOKEN_BUDGET)
         config: Any = model.config
-        config._attn_implementation = ATTENTION_NAME
         self.layers = layers
         self.width = int(config.hidden_size)
         self.fingerprint = fingerprint
-        self.out_of_memory = 0
         self._meter = meter
-        parameter = next(model.parameters())
-        self.device = parameter.device
-        self.compute_dtype = str(parameter.dtype).removeprefix("torch.")
-        self.token_budget = token_budget or DEFAULT_TOKEN_BUDGET.get(self.device.type, 1024)
-        setattr(model, family.final_norm, torch.nn.Identity())
-        embedding: Any = model.get_input_embeddings()  # type: ignore[operator]  # a transformers model has it
-        self._embedded = int(embedding.num_embeddings)
-        self._model = model.eval().requires_grad_(False)
         self._pack: Pack | None = None
         self._means: dict[int, torch.Tensor] = {}
         self._observe(getattr(model, family.blocks))
@@ -195,8 +133,7 @@ class HFBackend:
 
         if not layers:
             raise ConfigError("no layer was given; expected at least one, for example --layers 20")
-        if token_budget is not None and token_budget < 1:
-            raise ConfigError(f"the token budget is {token_budget}; expected at least 1")
+        check_token_budget(token_budget)
         path = resolve_checkpoint(model)
         config = load_config(path)
         wanted = tuple(sorted(set(layers)))
@@ -227,28 +164,19 @@ class HFBackend:
         Raises:
             ModelError: a token is outside the model's embedding.
         """
-        self._check_ids(pairs)
-        costs = [packed_tokens(pair) for pair in pairs]
         shape = (len(pairs), len(self.layers), self.width)
         chosen = torch.zeros(shape, dtype=torch.float32, device=self.device)
         rejected = torch.zeros(shape, dtype=torch.float32, device=self.device)
         failed: list[int] = []
-        start = 0
-        while start < len(pairs):
-            members = next_members(costs, start, self.token_budget)
-            tokens = sum(costs[members.start : members.stop])
-            means = self._forward_or_none(pairs, members)
-            if means is not None:
-                chosen[start : members.stop], rejected[start : members.stop] = means
-            elif len(members) > 1:
-                self.token_budget = max(1, min(self.token_budget, tokens) // 2)
-                self.out_of_memory += 1
-                logger.warning("out of memory: the token budget is now %d", self.token_budget)
-                continue
+
+        def forward(members: range) -> tuple[torch.Tensor, torch.Tensor]:
+            return self._forward(build_pack(pairs, members, self.device))
+
+        for members, tokens, means in self._run_packs(pairs, forward):
+            if means is None:
+                failed += members
             else:
-                logger.warning("row %d does not fit into memory, even alone", pairs[start].row)
-                failed.append(start)
-            start = members.stop
+                chosen[members.start : members.stop], rejected[members.start : members.stop] = means
             if self._meter is not None:
                 self._meter.add(tokens=tokens, flops=self._flops(pairs, members))
             if on_pack is not None:
@@ -260,30 +188,6 @@ class HFBackend:
         shape = ModelShape.from_config(config)
         return sum(packed_flops(pairs[index], shape, shape.blocks) for index in members)
 
-    def _check_ids(self, pairs: Sequence[RenderedPair]) -> None:
-        """On a GPU an id outside the embedding would end the process instead of raising."""
-        for pair in pairs:
-            largest = max(int(pair.chosen_ids.max()), int(pair.rejected_ids.max()))
-            if largest >= self._embedded:
-                raise ModelError(
-                    f"row {pair.row} holds token {largest}, but the model embeds {self._embedded} tokens: "
-                    "tokenizer and model do not belong together"
-                )
-
-    def _forward_or_none(
-        self, pairs: Sequence[RenderedPair], members: range
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Pooled (chosen, rejected) of one pack, each float32 [P, L, D]; None when memory ran out."""
-        try:
-            return self._forward(build_pack(pairs, members, self.device))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        self._means.clear()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
-
     @torch.inference_mode()
     def _forward(self, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         self._pack = pack
@@ -294,9 +198,10 @@ class HFBackend:
                 use_cache=False,
                 pair_plan=pack.plan,
             )
+            means = torch.stack([self._means[layer] for layer in self.layers], dim=1)
         finally:
             self._pack = None
-        means = torch.stack([self._means.pop(layer) for layer in self.layers], dim=1)
+            self._means.clear()
         means = means.view(len(pack.pairs), 3, len(self.layers), self.width)
         shared = means[:, SHARED]
         weight = pack.shared_weight[:, :, None, None]

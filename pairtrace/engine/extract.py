@@ -231,9 +231,9 @@ def _extract(config: ExtractConfig, meter: CostMeter, progress: Progress) -> Ext
 def build_manifest(config: ExtractConfig, source: PairSource, renderer: Renderer) -> Manifest:
     """Describe the store that `config` asks for; reads the checkpoint's weights once for their fingerprint."""
     from pairtrace.engine.architectures import check_layers, family_of
-    from pairtrace.engine.backend import ATTENTION_NAME
     from pairtrace.engine.checkpoint import load_config, model_fingerprint, resolve_dtype
     from pairtrace.engine.fingerprints import fingerprints
+    from pairtrace.engine.tree_attention import ATTENTION_NAME
     from pairtrace.engine.versions import library_versions
 
     model_config = load_config(config.model)

@@ -22,6 +22,7 @@ from pairtrace.engine.checkpoint import load_tokenizer
 from pairtrace.engine.packing import packed_tokens
 from pairtrace.engine.pairs import open_pairs
 from pairtrace.engine.rendering import RenderedPair, Renderer
+from pairtrace.engine.tree_attention import tree_attention
 from pairtrace.errors import LayerError, ModelError, UnsupportedModelError
 from pairtrace.kernels import segment_attention as attention_module
 from tests.models import FAMILY_SETTINGS, HH, SHAREGPT, make_model, make_tokenizer
@@ -268,6 +269,6 @@ def test_attention_features_that_would_be_ignored_are_refused() -> None:
     plan = attention_module.SegmentPlan([attention_module.TreeSegment(0, 1, 1, 1)])
     tensor = torch.zeros(1, 1, 3, 4)
     with pytest.raises(UnsupportedModelError, match="s_aux"):
-        backend_module._tree_attention(torch.nn.Identity(), tensor, tensor, tensor, None, pair_plan=plan, s_aux=tensor)
+        tree_attention(torch.nn.Identity(), tensor, tensor, tensor, None, pair_plan=plan, s_aux=tensor)
     with pytest.raises(UnsupportedModelError, match="plan"):
-        backend_module._tree_attention(torch.nn.Identity(), tensor, tensor, tensor, None)
+        tree_attention(torch.nn.Identity(), tensor, tensor, tensor, None)

@@ -6,7 +6,6 @@ Legend: P pairs of a pack, T tokens of a pack, R predicted tokens, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,15 +13,11 @@ import numpy as np
 import torch
 
 from pairtrace.engine.architectures import family_of
-from pairtrace.engine.backend import ATTENTION_NAME, register_attention
 from pairtrace.engine.checkpoint import load_config, load_model, resolve_checkpoint, resolve_device
 from pairtrace.engine.flops import ModelShape
-from pairtrace.engine.memory import is_out_of_memory
-from pairtrace.engine.packing import build_pack, next_members, packed_flops, packed_tokens, shared_length
+from pairtrace.engine.packed_model import PackedModel, check_token_budget
+from pairtrace.engine.packing import build_pack, packed_flops, shared_length
 from pairtrace.engine.rendered import RenderedPair
-from pairtrace.errors import ConfigError, ModelError
-
-logger = logging.getLogger(__name__)
 
 # Fewer tokens than in an extraction on a GPU: here every one of them may have the logits of a whole vocabulary.
 DEFAULT_TOKEN_BUDGET = {"cpu": 1024, "cuda": 8192}
@@ -32,25 +27,12 @@ _LOGIT_ROWS = 1024
 OnPack = Callable[[int, int, float], None]
 
 
-class ResponseScorer:
-    """A causal language model that says how likely the responses of rendered pairs are.
-
-    Attributes:
-        device: where it runs.
-        compute_dtype: name of the dtype of the forward pass.
-        token_budget: tokens per pack; halved whenever memory runs out.
-    """
+class ResponseScorer(PackedModel):
+    """A causal language model that says how likely the responses of rendered pairs are."""
 
     def __init__(self, model: Any, *, token_budget: int | None = None) -> None:
-        register_attention()
-        model.config._attn_implementation = ATTENTION_NAME
-        parameter = next(model.parameters())
-        self.device = parameter.device
-        self.compute_dtype = str(parameter.dtype).removeprefix("torch.")
-        self.token_budget = token_budget or DEFAULT_TOKEN_BUDGET.get(self.device.type, 1024)
+        super().__init__(model, token_budget, DEFAULT_TOKEN_BUDGET)
         self._shape = ModelShape.from_config(model.config)
-        self._embedded = int(model.get_input_embeddings().num_embeddings)
-        self._model = model.eval().requires_grad_(False)
 
     @classmethod
     def load(
@@ -78,8 +60,7 @@ class ResponseScorer:
         """
         from transformers import AutoModelForCausalLM
 
-        if token_budget is not None and token_budget < 1:
-            raise ConfigError(f"the token budget is {token_budget}; expected at least 1")
+        check_token_budget(token_budget)
         path = resolve_checkpoint(model)
         config = load_config(path)
         family_of(config, max_length)
@@ -100,23 +81,10 @@ class ResponseScorer:
         Raises:
             ModelError: a token is outside the model's embedding.
         """
-        self._check_ids(pairs)
-        costs = [packed_tokens(pair) for pair in pairs]
         result = np.full((len(pairs), 2), np.nan, np.float32)
-        start = 0
-        while start < len(pairs):
-            members = next_members(costs, start, self.token_budget)
-            tokens = sum(costs[members.start : members.stop])
-            sums = self._forward_or_none(pairs, members)
+        for members, tokens, sums in self._run_packs(pairs, lambda members: self._forward(pairs, members)):
             if sums is not None:
                 result[members.start : members.stop] = sums
-            elif len(members) > 1:
-                self.token_budget = max(1, min(self.token_budget, tokens) // 2)
-                logger.warning("out of memory: the token budget is now %d", self.token_budget)
-                continue
-            else:
-                logger.warning("row %d does not fit into memory, even alone", pairs[start].row)
-            start = members.stop
             if on_pack is not None:
                 on_pack(len(members), tokens, sum(self._flops(pairs[index]) for index in members))
         return result
@@ -124,27 +92,6 @@ class ResponseScorer:
     def _flops(self, pair: RenderedPair) -> float:
         head = self._shape.head_flops_per_token * (pair.chosen_tokens + pair.rejected_tokens)
         return packed_flops(pair, self._shape, self._shape.blocks) + head
-
-    def _check_ids(self, pairs: Sequence[RenderedPair]) -> None:
-        """On a GPU an id outside the embedding would end the process instead of raising."""
-        for pair in pairs:
-            largest = max(int(pair.chosen_ids.max()), int(pair.rejected_ids.max()))
-            if largest >= self._embedded:
-                raise ModelError(
-                    f"row {pair.row} holds token {largest}, but the model embeds {self._embedded} tokens: "
-                    "tokenizer and model do not belong together"
-                )
-
-    def _forward_or_none(self, pairs: Sequence[RenderedPair], members: range) -> np.ndarray | None:
-        """Sums of one pack, float32 [P, 2]; None when memory ran out."""
-        try:
-            return self._forward(pairs, members)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        return None
 
     @torch.inference_mode()
     def _forward(self, pairs: Sequence[RenderedPair], members: range) -> np.ndarray:
