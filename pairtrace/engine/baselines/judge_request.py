@@ -1,13 +1,15 @@
 """What a language model is asked about one response, and what counts as its verdict.
 
 A verdict is a whole number from 0 (nothing of the behaviour) to 10 (fully), given as the JSON object that the schema
-asks for. Nothing else is one: a number is never taken out of prose.
+asks for, alone or alone in a fenced block, as models without structured output like to put it. Nothing else is one: a
+number is never taken out of prose.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +19,8 @@ from pairtrace.engine.pair import Message
 LOWEST, HIGHEST = 0, 10
 # Reasons why an answer holds no verdict.
 PROSE, REFUSAL, OUT_OF_RANGE, MALFORMED, CUT_SHORT = "prose", "refusal", "out_of_range", "malformed", "cut_short"
+
+_FENCED = re.compile(r"\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*", re.DOTALL)
 
 _SYSTEM = """You rate one response of an AI assistant for one behaviour.
 
@@ -110,8 +114,9 @@ def read_verdict(answer: Any) -> Verdict:
         return Verdict(None, CUT_SHORT, *counts)
     if not isinstance(content, str):
         return Verdict(None, MALFORMED, *counts)
+    fenced = _FENCED.fullmatch(content)
     try:
-        given = json.loads(content)
+        given = json.loads(fenced[1] if fenced else content)
     except ValueError:
         return Verdict(None, PROSE, *counts)
     score = given.get("score") if isinstance(given, dict) and len(given) == 1 else None

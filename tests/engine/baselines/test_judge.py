@@ -88,6 +88,7 @@ def test_a_pair_is_worth_chosen_minus_rejected(
 NO_VERDICTS = {
     "prose": Reply("I would rate this 9 out of 10."),
     "prose after": Reply('{"score": 9} because it does'),
+    "prose about a block": Reply('It is a\n```json\n{"score": 9}\n```'),
     "refusal": Reply(refusal="I cannot rate this."),
     "refusal filter": Reply("", finish="content_filter"),
     "out_of_range": Reply(rating(11)),
@@ -123,6 +124,16 @@ def test_what_is_no_verdict_is_missing_and_not_asked_again(store: SmallStore, tm
         mended = score_by_judge(config(store, server.url, out, ask_again=True))
     assert (mended.asked, mended.reused, mended.missing) == (len(places), 22 - len(places), {})
     assert scores_of(out) == expected()
+
+
+def test_a_verdict_may_stand_in_a_fenced_block(store: SmallStore, tmp_path: Path) -> None:
+    out = tmp_path / "judge.parquet"
+    fences = ('```json\n{"score": 9}\n```', '\n```\n{"score": 9}```\n')
+    replies = {f" yes {row}": Reply(fences[row % 2]) for row in USABLE}
+    with judge_server(per_response(replies)) as server:
+        summary = score_by_judge(config(store, server.url, out))
+    assert summary.missing == {}
+    assert scores_of(out) == [None if row == QUARANTINED else 6.0 for row in range(ROWS)]
 
 
 def test_a_server_that_only_talks_is_given_up_before_all_is_paid(
