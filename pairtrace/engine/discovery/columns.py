@@ -1,0 +1,146 @@
+"""Columns of plain values that items may be enriched in: the sources in a store, the metadata in its data, or any.
+
+Letters: N rows of a store, n items, V values of a column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pyarrow as pa
+
+from pairtrace.engine.pairs import PairSource
+from pairtrace.errors import ConfigError, DataMismatchError
+from pairtrace.store.reader import ActivationStore
+
+# A column with more distinct values holds texts, numbers or identifiers, which no cluster is made of.
+MOST_VALUES = 1_000
+SOURCE = "source"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Column:
+    """A column of plain values, encoded.
+
+    Attributes:
+        name: of the column.
+        codes: int32 [n], position in `values`.
+        values: V distinct texts, ascending; "" stands for none.
+    """
+
+    name: str
+    codes: np.ndarray
+    values: tuple[str, ...]
+
+    @classmethod
+    def of(cls, name: str, values: Sequence[str]) -> Column:
+        """Encode the texts of n items."""
+        distinct, codes = np.unique(np.asarray(values, dtype=object), return_inverse=True)
+        return cls(name=name, codes=codes.astype(np.int32), values=tuple(distinct.tolist()))
+
+    def take(self, positions: np.ndarray) -> Column:
+        """The column of some of the items."""
+        return replace(self, codes=self.codes[positions])
+
+
+def source_column(store: ActivationStore) -> Column | None:
+    """The source of each of the N pairs; None where there are more than `MOST_VALUES`."""
+    offsets, data = store.source_strings()
+    encoder = _Encoder(SOURCE)
+    encoder.add(pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(data)))
+    return encoder.column()
+
+
+def metadata_columns(
+    source: PairSource, rows: int, wanted: Sequence[str] | None
+) -> tuple[list[Column], dict[str, str]]:
+    """The columns of plain values in preference data, besides texts and sources.
+
+    Args:
+        source: the data.
+        rows: N, its first rows that count.
+        wanted: names of columns; None for all.
+
+    Returns:
+        Columns of N values; and those that were left out, with the reason.
+
+    Raises:
+        ConfigError: a wanted column is not there, or does not hold plain values.
+        DataFormatError: the data is damaged, or does not fit into one table.
+        DataMismatchError: the data has fewer rows than when it was opened.
+    """
+    if wanted is not None and not wanted:
+        return [], {}
+    schema = source.schema()
+    texts = set(source.columns.values())
+    if wanted is not None:
+        for name in wanted:
+            if name not in schema.names:
+                raise ConfigError(f"there is no column {name!r} in the data; there is: {', '.join(schema.names)}")
+            if pa.types.is_nested(schema.field(name).type):
+                raise ConfigError(
+                    f"the column {name!r} holds {schema.field(name).type}; expected a column of plain values"
+                )
+    names = [
+        field.name
+        for field in schema
+        if (field.name in wanted if wanted is not None else field.name not in texts)
+        and not pa.types.is_nested(field.type)
+    ]
+    encoders = {name: _Encoder(name) for name in names}
+    read = 0
+    if names:
+        for batch in source.batches(pa.schema([schema.field(name) for name in names])):
+            part = batch.slice(0, max(0, rows - read))
+            read += part.num_rows
+            for name, encoder in encoders.items():
+                encoder.add(part.column(name))
+            if not part.num_rows:
+                break
+        if read < rows:
+            raise DataMismatchError(f"the data has {read} rows, but had {rows} when it was opened")
+    columns = {name: encoder.column() for name, encoder in encoders.items()}
+    reason = f"more than {MOST_VALUES} distinct values"
+    return (
+        [column for column in columns.values() if column is not None],
+        {name: reason for name, column in columns.items() if column is None},
+    )
+
+
+class _Encoder:
+    """Takes the values of a column piece by piece, and gives up when there are too many different ones."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._numbers: dict[str, int] = {}
+        self._pieces: list[np.ndarray] = []
+        self._given_up = False
+
+    def add(self, values: pa.Array) -> None:
+        """Take the next values; None counts as ""."""
+        if self._given_up:
+            return
+        encoded = values.dictionary_encode()
+        if len(encoded.dictionary) > MOST_VALUES:
+            self._given_up = True
+            return
+        texts = ["" if value is None else str(value) for value in encoded.dictionary.to_pylist()]
+        if encoded.null_count:
+            texts.append("")
+        numbers = [self._numbers.setdefault(text, len(self._numbers)) for text in texts]
+        places = encoded.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False)
+        self._pieces.append(np.array(numbers, np.int32)[places])
+        self._given_up = len(self._numbers) > MOST_VALUES
+
+    def column(self) -> Column | None:
+        """The whole column; None where there were more than `MOST_VALUES` values."""
+        if self._given_up:
+            return None
+        texts = np.array(list(self._numbers), dtype=object)
+        order = np.argsort(texts)
+        place = np.empty(len(texts), np.int32)
+        place[order] = np.arange(len(texts), dtype=np.int32)
+        codes = np.concatenate([np.empty(0, np.int32), *self._pieces])
+        return Column(name=self._name, codes=place[codes], values=tuple(texts[order].tolist()))
