@@ -3,38 +3,21 @@
 Letters: n rows of a call, D width, K directions.
 
 Every thread takes one block of rows after the other, writes it in float32 divided by its norms into a buffer of its
-own, and calls a BLAS that is kept to one thread. Handing every block from Numba's threads to those of BLAS and back
-made scoring several times slower by the clock on a busy machine. The blocks follow from the shape alone, so the number
-of threads changes no bit.
+own, and multiplies it. The blocks follow from the shape alone, so the number of threads changes no bit.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
-from typing import Any
 
-import numba
 import numpy as np
 
 from pairtrace.kernels.cosine_numba import Side, normalized_rows
+from pairtrace.kernels.shared_work import share
 
 # Float32 values of a block of rows or of its scores: 4 MB. Smaller blocks read the directions more often, larger ones
 # leave the caches.
 BLOCK_VALUES = 1 << 20
-
-# The limit on BLAS threads belongs to the process: two calls at once would restore each other's.
-_LIMIT = threading.Lock()
-
-
-@cache
-def _blas() -> Any:
-    """The process's BLAS libraries; finding them takes milliseconds."""
-    from threadpoolctl import ThreadpoolController
-
-    return ThreadpoolController().select(user_api="blas")
 
 
 def block_rows(width: int, directions: int) -> int:
@@ -61,7 +44,7 @@ def product_scores(rows: Side, minus: Side, columns: np.ndarray, norms: np.ndarr
     n = len(out)
     width, K = columns.shape
     size = block_rows(width, K)
-    starts = iter(range(0, n, size))  # shared: each block goes to whoever asks first
+    starts = range(0, n, size)
 
     def score_blocks(starts: Iterator[int]) -> None:
         buffer = np.empty((min(size, n), width), np.float32)
@@ -70,13 +53,4 @@ def product_scores(rows: Side, minus: Side, columns: np.ndarray, norms: np.ndarr
             normalized_rows(rows, minus, norms, start, block)
             np.dot(block, columns, out=out[start : start + size])
 
-    helpers = min(numba.get_num_threads(), -(-n // size)) - 1
-    with _LIMIT, _blas().limit(limits=1):
-        if helpers < 1:
-            score_blocks(starts)
-            return
-        with ThreadPoolExecutor(helpers) as pool:
-            others = [pool.submit(score_blocks, starts) for _ in range(helpers)]
-            score_blocks(starts)
-            for other in others:
-                other.result()
+    share(score_blocks, starts)
