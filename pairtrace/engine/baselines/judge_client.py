@@ -6,21 +6,25 @@ import email.utils
 import json
 import logging
 import math
+import os
 import random
 import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from http.client import HTTPException, HTTPMessage
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from urllib.parse import urlparse
 
 from pairtrace.engine.baselines.judge_request import Verdict, read_verdict
 from pairtrace.errors import ConfigError, JudgeError
 
 logger = logging.getLogger(__name__)
+
+Answer = TypeVar("Answer")
 
 # Reasons why a question got no answer; asked again by the next run, unlike an answer without a verdict.
 TIMEOUT, NO_CONNECTION, RATE_LIMIT, SERVER_ERROR = "timeout", "no_connection", "rate_limit", "server_error"
@@ -78,6 +82,23 @@ class ServerConfig:
         return f"ServerConfig(base_url={self.base_url!r}, timeout={self.timeout}, attempts={self.attempts})"
 
 
+def read_api_key(variable: str | None) -> str | None:
+    """The key in an environment variable; None for None.
+
+    Raises:
+        ConfigError: the variable holds no key.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key or not key.isascii() or not key.isprintable():
+        raise ConfigError(
+            f"the environment variable {variable} of --api-key-env holds no key; set it, or leave the option out for a "
+            "server without keys"
+        )
+    return key
+
+
 class _AttemptError(Exception):
     """One attempt failed; `wait` is the pause that the server asked for, in seconds."""
 
@@ -113,10 +134,23 @@ class JudgeClient:
         self._stopped.set()
 
     def ask(self, body: dict[str, Any]) -> Verdict:
-        """One question, repeated while that may help.
+        """One question about a response; the verdict, or its absence with the reason.
+
+        Raises:
+            JudgeError: as for `answer`.
+        """
+        found = self.answer(body, read_verdict)
+        return Verdict(None, found) if isinstance(found, str) else found
+
+    def answer(self, body: dict[str, Any], read: Callable[[Any], Answer]) -> Answer | str:
+        """One question of any kind, repeated while that may help.
+
+        Args:
+            body: the request to `/chat/completions`.
+            read: makes something of the decoded answer; its result is no string.
 
         Returns:
-            The verdict, or its absence with the reason.
+            What `read` made of the answer; or the reason, one of `UNANSWERED`, why there was none.
 
         Raises:
             JudgeError: the server refuses every question, or has not answered the last `max_failures` of them.
@@ -128,7 +162,7 @@ class JudgeClient:
             if not self._wait():
                 break
             try:
-                verdict = read_verdict(self._post(body))
+                found = read(self._post(body))
             except _AttemptError as error:
                 failure = error
                 if not error.again:
@@ -139,9 +173,9 @@ class JudgeClient:
                 with self._lock:
                     self._failures = 0
                     self._answers += 1
-                return verdict
+                return found
         self._count(failure, answers_before)
-        return Verdict(None, failure.reason)
+        return failure.reason
 
     def _wait(self) -> bool:
         """Until the common pause is over; False when the run has been stopped."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pairtrace.engine.baselines.judge_client import ServerConfig
+from pairtrace.engine.baselines.judge_client import ServerConfig, read_api_key
 from pairtrace.engine.baselines.judge_request import Rubric
 from pairtrace.engine.baselines.scores_file import require_parquet
 from pairtrace.errors import ConfigError
@@ -81,17 +80,9 @@ class JudgeConfig:
         Raises:
             ConfigError: the environment variable is not set, or a setting is out of range.
         """
-        key = None
-        if self.api_key_env is not None:
-            key = os.environ.get(self.api_key_env, "").strip()
-            if not key or not key.isascii() or not key.isprintable():
-                raise ConfigError(
-                    f"the environment variable {self.api_key_env} of --api-key-env holds no key; set it, or leave the "
-                    "option out for a server without keys"
-                )
         return ServerConfig(
             base_url=self.base_url,
-            api_key=key,
+            api_key=read_api_key(self.api_key_env),
             timeout=self.timeout,
             attempts=self.attempts,
             max_failures=self.max_failures,

@@ -101,25 +101,10 @@ class Rubric:
 
 def read_verdict(answer: Any) -> Verdict:
     """The verdict in the answer of `/chat/completions`, decoded from JSON."""
-    counts = _usage(answer)
-    try:
-        choice = answer["choices"][0]
-        message = choice["message"]
-        content, refused, ended = message.get("content"), message.get("refusal"), choice.get("finish_reason")
-    except (AttributeError, IndexError, KeyError, TypeError):
-        return Verdict(None, MALFORMED, *counts)
-    if refused or ended == "content_filter":
-        return Verdict(None, REFUSAL, *counts)
-    if ended == "length":
-        return Verdict(None, CUT_SHORT, *counts)
-    if not isinstance(content, str):
-        return Verdict(None, MALFORMED, *counts)
-    fenced = _FENCED.fullmatch(content)
-    try:
-        given = json.loads(fenced[1] if fenced else content)
-    except ValueError:
-        return Verdict(None, PROSE, *counts)
-    score = given.get("score") if isinstance(given, dict) and len(given) == 1 else None
+    counts, given = usage(answer), read_object(answer)
+    if isinstance(given, str):
+        return Verdict(None, given, *counts)
+    score = given.get("score") if len(given) == 1 else None
     # bool is a subclass of int, but True is no rating.
     if isinstance(score, bool) or not isinstance(score, int | float):
         return Verdict(None, MALFORMED, *counts)
@@ -128,8 +113,31 @@ def read_verdict(answer: Any) -> Verdict:
     return Verdict(score, "", *counts)
 
 
-def _usage(answer: Any) -> tuple[int, int]:
-    usage = answer.get("usage") if isinstance(answer, dict) else None
-    counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+def read_object(answer: Any) -> dict[str, Any] | str:
+    """The JSON object that is the content of an answer of `/chat/completions`, or the reason why there is none."""
+    try:
+        choice = answer["choices"][0]
+        message = choice["message"]
+        content, refused, ended = message.get("content"), message.get("refusal"), choice.get("finish_reason")
+    except (AttributeError, IndexError, KeyError, TypeError):
+        return MALFORMED
+    if refused or ended == "content_filter":
+        return REFUSAL
+    if ended == "length":
+        return CUT_SHORT
+    if not isinstance(content, str):
+        return MALFORMED
+    fenced = _FENCED.fullmatch(content)
+    try:
+        given = json.loads(fenced[1] if fenced else content)
+    except ValueError:
+        return PROSE
+    return given if isinstance(given, dict) else MALFORMED
+
+
+def usage(answer: Any) -> tuple[int, int]:
+    """Tokens of prompt and completion in an answer of `/chat/completions`, as the server counted them."""
+    given = answer.get("usage") if isinstance(answer, dict) else None
+    counts = [given.get(name) if isinstance(given, dict) else None for name in ("prompt_tokens", "completion_tokens")]
     prompt, completion = (count if isinstance(count, int) and count > 0 else 0 for count in counts)
     return prompt, completion

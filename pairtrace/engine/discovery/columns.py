@@ -5,6 +5,7 @@ Letters: N rows of a store, n items, V values of a column.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -12,11 +13,14 @@ import numpy as np
 import pyarrow as pa
 
 from pairtrace.engine.pairs import PairSource
-from pairtrace.errors import ConfigError, DataMismatchError
+from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError
 from pairtrace.store.reader import ActivationStore
+
+logger = logging.getLogger(__name__)
 
 # A column with more distinct values holds texts, numbers or identifiers, which no cluster is made of.
 MOST_VALUES = 1_000
+TOO_MANY = f"more than {MOST_VALUES} distinct values"
 SOURCE = "source"
 
 
@@ -43,6 +47,44 @@ class Column:
     def take(self, positions: np.ndarray) -> Column:
         """The column of some of the items."""
         return replace(self, codes=self.codes[positions])
+
+
+def store_columns(
+    store: ActivationStore, source: PairSource | None, wanted: Sequence[str] | None
+) -> tuple[list[Column], dict[str, str]]:
+    """Sources and metadata of all N rows of a store.
+
+    Args:
+        store: knows the sources.
+        source: its data; None where that is not there.
+        wanted: columns of the data; None for all that hold plain values, besides texts and sources.
+
+    Returns:
+        The columns; and those that were left out, with the reason.
+
+    Raises:
+        ConfigError: a wanted column is not there or does not hold plain values, or there is no data.
+        DataFormatError: the data is damaged; or a column is wanted, and the data does not fit into one table.
+        DataMismatchError: the data has fewer rows than when it was opened.
+    """
+    if source is None and wanted:
+        raise ConfigError(
+            f"the columns {', '.join(wanted)} of the data are asked for, but the data is not there; say where with "
+            "--data"
+        )
+    sources = source_column(store)
+    columns, left_out = ([sources], {}) if sources is not None else ([], {SOURCE: TOO_MANY})
+    if source is None:
+        return columns, left_out
+    try:
+        more, others = metadata_columns(source, store.rows, wanted)
+    except DataFormatError as error:
+        if wanted is not None:
+            raise
+        # The pairs could be read all the same: the columns beside them do not fit into one table.
+        logger.warning("the clusters are described without metadata: %s", error)
+        return columns, {**left_out, "metadata": str(error)}
+    return columns + more, left_out | others
 
 
 def source_column(store: ActivationStore) -> Column | None:
@@ -102,10 +144,9 @@ def metadata_columns(
         if read < rows:
             raise DataMismatchError(f"the data has {read} rows, but had {rows} when it was opened")
     columns = {name: encoder.column() for name, encoder in encoders.items()}
-    reason = f"more than {MOST_VALUES} distinct values"
     return (
         [column for column in columns.values() if column is not None],
-        {name: reason for name, column in columns.items() if column is None},
+        {name: TOO_MANY for name, column in columns.items() if column is None},
     )
 
 

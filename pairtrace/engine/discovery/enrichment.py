@@ -111,7 +111,7 @@ def count_datapoints(column: Column, rows: np.ndarray, usable: np.ndarray) -> Co
 
 
 def enrichments(
-    counts: Sequence[Counts], *, false_discovery_rate: float = 0.05, confidence: float = 0.95
+    counts: Sequence[Counts], clusters: int, *, false_discovery_rate: float = 0.05, confidence: float = 0.95
 ) -> tuple[list[tuple[Enrichment, ...]], int]:
     """Values that are more frequent inside a cluster than outside, beyond chance.
 
@@ -119,6 +119,7 @@ def enrichments(
 
     Args:
         counts: of C clusters each; may be empty.
+        clusters: C.
         false_discovery_rate: largest q-value of what is returned.
         confidence: of the intervals.
 
@@ -127,21 +128,19 @@ def enrichments(
     """
     # A column with one value tells nothing apart.
     tested = [one for one in counts if np.count_nonzero(one.overall) > 1]
-    if not tested:
-        clusters = len(counts[0].inside) if counts else 0
+    if not tested or not clusters:
         return [() for _ in range(clusters)], 0
     cells, p_values = [], []
     for number, one in enumerate(tested):
         totals = one.inside.sum(axis=1)
-        for cluster, value in np.argwhere((totals[:, None] > 0) & (one.overall > 0)).tolist():
-            cells.append((number, cluster, value))
         present = (totals[:, None] > 0) & (one.overall > 0)
+        cells += [(number, cluster, value) for cluster, value in np.argwhere(present).tolist()]
         sizes = np.broadcast_to(totals[:, None], one.inside.shape)[present]
         having = np.broadcast_to(one.overall, one.inside.shape)[present]
         p_values.append(hypergeometric_tail(one.inside[present], sizes, having, int(one.overall.sum())))
     p = np.concatenate(p_values)
     q = benjamini_hochberg(p)
-    found: list[list[Enrichment]] = [[] for _ in range(len(tested[0].inside))]
+    found: list[list[Enrichment]] = [[] for _ in range(clusters)]
     for test in np.flatnonzero(q <= false_discovery_rate).tolist():
         number, cluster, value = cells[test]
         found[cluster].append(_enrichment(tested[number], cluster, value, float(p[test]), float(q[test]), confidence))
