@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Where stderr is no terminal (a log file, CI), a line this often stands in for the moving bar, in seconds.
 _LOG_EVERY = 30.0
+# Exit code of a command that did its work and found something to raise an alarm about.
+ALERTED = 3
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,14 @@ class Answer:
         json: print the figures as one JSON object.
         text: what people read instead; None for the figures as a table.
         error: what went wrong all the same; it is reported after the figures, and the exit code is 1.
+        code: exit code where nothing went wrong.
     """
 
     figures: dict[str, Any]
     json: bool
     text: str | None = None
     error: str | None = None
+    code: int = 0
 
     def __str__(self) -> str:
         """What to print."""
@@ -103,7 +107,7 @@ def summary_text(summary: dict[str, Any]) -> str:
         if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
             lines += [
                 f"{name:>{width}}:",
-                *_table([{key: _inline(item) for key, item in row.items()} for row in value]),
+                *table_lines([{key: _inline(item) for key, item in row.items()} for row in value]),
             ]
         elif isinstance(value, list | tuple) and value and isinstance(value[0], str):
             lines.append(f"{name:>{width}}:")
@@ -113,7 +117,8 @@ def summary_text(summary: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[dict[str, str]]) -> list[str]:
+def table_lines(rows: Sequence[dict[str, str]]) -> list[str]:
+    """At least one mapping, all with the same keys, as an aligned table."""
     widths = {key: max(len(key), *(len(row[key]) for row in rows)) for key in rows[0]}
     lines = ["  ".join(key.rjust(width) for key, width in widths.items())]
     lines += ["  ".join(row[key].rjust(width) for key, width in widths.items()) for row in rows]
@@ -147,11 +152,12 @@ def pair_text(pair: RankedPair, width: int) -> str:
     figures = f"score {pair.score:+.4f}  percentile {pair.percentile:.2f}  row {pair.row}"
     lines = [f"#{pair.rank}  {figures}  {pair.source}".rstrip()]
     for side in ("prompt", "chosen", "rejected"):
-        lines.append(f"  {side:>8}: {_shorten(getattr(pair, side), width)}")
+        lines.append(f"  {side:>8}: {shorten(getattr(pair, side), width)}")
     return "\n".join(lines)
 
 
-def _shorten(text: Any, width: int) -> str:
+def shorten(text: Any, width: int) -> str:
+    """A text, or a list of messages, on one line and cut to `width` characters, 0 for no limit."""
     if isinstance(text, list):
         text = " ".join(f"[{message.get('role')}] {message.get('content')}" for message in text)
     flat = " ".join(str(text).split())
@@ -194,4 +200,4 @@ def costs_table(lines: Sequence[CostLine]) -> str:
         }
         for line in lines
     ]
-    return "\n".join(_table(rows)) if rows else "no costs recorded"
+    return "\n".join(table_lines(rows)) if rows else "no costs recorded"
