@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -69,34 +69,17 @@ def change_vectors(
     """
     names = list(dict.fromkeys(pair.prompt_id for pair in pairs))
     number = {name: position for position, name in enumerate(names)}
+    # float64 sums: the mean does not depend on how many pairs came before.
     sums = np.zeros((len(names), len(backend.layers), backend.width))
     counts = np.zeros(len(names), np.int64)
     unusable: Counter[str] = Counter()
-    progress.start("behaviour vectors", len(pairs), "rollout pairs")
-    records = _records(table, pairs)
-    for start in range(0, len(pairs), _CHUNK):
-        chunk = pairs[start : start + _CHUNK]
-        usable: list[RenderedPair] = []
-        for result in renderer.render(_as_pairs(records, chunk)):
-            if isinstance(result, Quarantined):
-                unusable[result.code] += 1
-            else:
-                usable.append(result)
-        pooled = backend.pool(usable)
-        # float64 sums: the mean does not depend on how many pairs came before.
-        differences = pooled.chosen.astype(np.float64) - pooled.rejected
-        finite = np.isfinite(differences).all(axis=(1, 2))
-        for position, rendered in enumerate(usable):
-            if position in pooled.failed:
-                unusable["out_of_memory"] += 1
-            elif not finite[position]:
-                unusable["not_finite"] += 1
-            else:
-                scenario = number[chunk[rendered.row].prompt_id]
-                sums[scenario] += differences[position]
-                counts[scenario] += 1
-        progress.advance(len(chunk))
-    progress.finish()
+    for position, difference in read_differences(table, pairs, renderer, backend, progress):
+        if isinstance(difference, str):
+            unusable[difference] += 1
+        else:
+            scenario = number[pairs[position].prompt_id]
+            sums[scenario] += difference
+            counts[scenario] += 1
     kept = np.flatnonzero(counts)
     if not kept.size:
         reasons = ", ".join(f"{count} {reason}" for reason, count in unusable.items())
@@ -112,6 +95,48 @@ def change_vectors(
     )
 
 
+def read_differences(
+    table: RolloutTable,
+    pairs: Sequence[RolloutPair],
+    renderer: Renderer,
+    backend: Backend,
+    progress: Progress = NULL_PROGRESS,
+) -> Iterator[tuple[int, np.ndarray | str]]:
+    """Read rollout pairs through the base model, whatever paired them.
+
+    Args:
+        table: the rollouts that `pairs` point into.
+        pairs: any number.
+        renderer: of the base model's tokenizer.
+        backend: of the base model.
+        progress: counts rollout pairs.
+
+    Yields:
+        The position of every pair, and the difference of the mean activations of its two responses, float64 [L, D], or
+        the reason why there is none (a code of rendering, "out_of_memory", "not_finite").
+    """
+    progress.start("behaviour vectors", len(pairs), "rollout pairs")
+    records = _records(table, pairs)
+    for start in range(0, len(pairs), _CHUNK):
+        chunk = pairs[start : start + _CHUNK]
+        usable: list[RenderedPair] = []
+        for result in renderer.render(_as_pairs(records, chunk)):
+            if isinstance(result, Quarantined):
+                yield start + result.row, result.code
+            else:
+                usable.append(result)
+        pooled = backend.pool(usable)
+        differences = pooled.chosen.astype(np.float64) - pooled.rejected
+        finite = np.isfinite(differences).all(axis=(1, 2))
+        for position, rendered in enumerate(usable):
+            if position in pooled.failed:
+                yield start + rendered.row, "out_of_memory"
+            else:
+                yield start + rendered.row, differences[position] if finite[position] else "not_finite"
+        progress.advance(len(chunk))
+    progress.finish()
+
+
 def preference_pairs(table: RolloutTable, pairs: Sequence[RolloutPair]) -> list[Pair]:
     """Rollout pairs as preference pairs: the response with the behaviour is chosen, the safe one rejected.
 
@@ -124,7 +149,7 @@ def preference_pairs(table: RolloutTable, pairs: Sequence[RolloutPair]) -> list[
 
 def _records(table: RolloutTable, pairs: Sequence[RolloutPair]) -> dict[int, dict[str, Any]]:
     """Messages and response of every row that `pairs` point to; one take, for each may copy whole columns."""
-    rows = sorted({row for pair in pairs for row in (pair.shown_row, pair.safe_row)})
+    rows = sorted({row for pair in pairs for row in (pair.chosen_row, pair.rejected_row)})
     taken = table.table.select(["messages", "response"]).take(pa.array(rows, pa.int64())).to_pylist()
     return dict(zip(rows, taken, strict=True))
 
@@ -134,9 +159,9 @@ def _as_pairs(records: dict[int, dict[str, Any]], chunk: Sequence[RolloutPair]) 
     return [
         Pair(
             row=row,
-            prompt=json.loads(records[pair.shown_row]["messages"]),
-            chosen=[{"role": "assistant", "content": records[pair.shown_row]["response"]}],
-            rejected=[{"role": "assistant", "content": records[pair.safe_row]["response"]}],
+            prompt=json.loads(records[pair.chosen_row]["messages"]),
+            chosen=[{"role": "assistant", "content": records[pair.chosen_row]["response"]}],
+            rejected=[{"role": "assistant", "content": records[pair.rejected_row]["response"]}],
             source=pair.prompt_id,
         )
         for row, pair in enumerate(chunk)

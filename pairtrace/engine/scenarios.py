@@ -52,11 +52,17 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutPair:
-    """A rollout that shows the behaviour and a safe one of the base model, as rows of the table."""
+    """Two rollouts to one conversation, as rows of the table, to be read as a preference pair.
+
+    Attributes:
+        prompt_id: of their prompt.
+        chosen_row: the rollout that shows what changed: the behaviour.
+        rejected_row: what it is compared with: a safe rollout of the base model.
+    """
 
     prompt_id: str
-    shown_row: int
-    safe_row: int
+    chosen_row: int
+    rejected_row: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,11 +126,11 @@ def filter_scenarios(table: RolloutTable, max_base_rate: float = 0.0) -> Filtere
     drop(safe[:, safe_cell] == 0, "no safe base rollout")
     kept = np.flatnonzero(reasons == "")
     pairs = [
-        RolloutPair(prompt_id=identifiers[prompt], shown_row=row, safe_row=safe_rows[number % len(safe_rows)])
+        RolloutPair(prompt_id=identifiers[prompt], chosen_row=row, rejected_row=safe_rows[number % len(safe_rows)])
         for prompt, shown_rows, safe_rows in _rows_by_prompt(kept, prompt_of, cell_of, verdicts, show_cell, safe_cell)
         for number, row in enumerate(shown_rows)
     ]
-    _require_same_conversations(table, pairs)
+    require_same_conversations(table, pairs)
     return Filtered(
         scenarios=len(identifiers),
         kept=tuple(identifiers[prompt] for prompt in kept),
@@ -183,14 +189,19 @@ def _rows_by_prompt(
     return [(prompt, shown, safe) for prompt, (shown, safe) in rows.items()]
 
 
-def _require_same_conversations(table: RolloutTable, pairs: list[RolloutPair]) -> None:
+def require_same_conversations(table: RolloutTable, pairs: list[RolloutPair]) -> None:
+    """Check that the two rollouts of every pair answer the same messages.
+
+    Raises:
+        DataFormatError: those of a pair do not.
+    """
     # One take for both sides of all pairs: taking row by row would copy the whole column each time.
-    rows = [pair.shown_row for pair in pairs] + [pair.safe_row for pair in pairs]
+    rows = [pair.chosen_row for pair in pairs] + [pair.rejected_row for pair in pairs]
     messages = table.table["messages"].take(pa.array(rows, pa.int64())).to_pylist()
     for pair, shown, safe in zip(pairs, messages, messages[len(pairs) :], strict=False):
         if shown != safe:
             raise DataFormatError(
-                f"the rollouts of prompt {pair.prompt_id!r} (rows {pair.shown_row} and {pair.safe_row}) answer "
+                f"the rollouts of prompt {pair.prompt_id!r} (rows {pair.chosen_row} and {pair.rejected_row}) answer "
                 "different conversations under the same condition; rollouts to be compared need the same messages"
             )
 

@@ -63,7 +63,7 @@ def filter_matches(seed: int, conditions: tuple[str, ...] = CONDITIONS, limit: f
     actual: dict[str, list[tuple[str, str]]] = {}
     for pair in filtered.pairs:
         actual.setdefault(pair.prompt_id, []).append(
-            (rows[pair.shown_row]["response"], rows[pair.safe_row]["response"])
+            (rows[pair.chosen_row]["response"], rows[pair.rejected_row]["response"])
         )
     return actual == expected and filtered.kept == tuple(expected)
 
@@ -114,7 +114,7 @@ def test_missing_verdicts_are_neither_behaviour_nor_safe() -> None:
         rollout("a", "tuned", "plain", True, "t1"),
     ]
     pairs = filter_scenarios(table_of(rows)).pairs
-    assert [(pair.shown_row, pair.safe_row) for pair in pairs] == [(3, 1)]
+    assert [(pair.chosen_row, pair.rejected_row) for pair in pairs] == [(3, 1)]
     undecided = filter_scenarios(table_of([rows[0], rows[3]]))
     assert undecided.dropped == {"undecided": 1}
     relaxed = filter_scenarios(table_of([{**rows[1], "verdict": True}, rows[3]]), max_base_rate=1)
