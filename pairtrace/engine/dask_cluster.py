@@ -76,7 +76,8 @@ def cluster_failures(address: str) -> Iterator[None]:
     try:
         yield
     except (KilledWorker, FutureCancelledError, OSError) as error:
-        raise ConfigError(f"the Dask cluster at {address} failed: {error}; run the same command again") from error
+        reason = " ".join(str(error).split())  # Dask's have several lines
+        raise ConfigError(f"the Dask cluster at {address} failed: {reason}; run the same command again") from error
 
 
 @contextmanager
