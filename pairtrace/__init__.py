@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from pairtrace.engine.evaluation.config import EvaluateConfig
     from pairtrace.engine.evaluation.evaluate import evaluate
     from pairtrace.engine.extract import ExtractConfig, extract
+    from pairtrace.engine.monitoring.callback import MonitorCallback
+    from pairtrace.engine.monitoring.config import MonitorConfig, MonitorRunConfig
+    from pairtrace.engine.monitoring.run import monitor_run
     from pairtrace.engine.pairs import open_pairs
     from pairtrace.engine.plan import PlanConfig, plan
     from pairtrace.engine.ranking import sources, top
@@ -53,6 +56,9 @@ __all__ = [
     "JudgeConfig",
     "LengthConfig",
     "MarginConfig",
+    "MonitorCallback",
+    "MonitorConfig",
+    "MonitorRunConfig",
     "PlanConfig",
     "Prices",
     "RandomConfig",
@@ -67,6 +73,7 @@ __all__ = [
     "evaluate",
     "extract",
     "gradient_baseline",
+    "monitor_run",
     "open_pairs",
     "plan",
     "read_costs",
@@ -95,6 +102,9 @@ _HOMES = {
     "JudgeConfig": "pairtrace.engine.baselines.judge_config",
     "LengthConfig": "pairtrace.engine.baselines.simple",
     "MarginConfig": "pairtrace.engine.baselines.margin",
+    "MonitorCallback": "pairtrace.engine.monitoring.callback",
+    "MonitorConfig": "pairtrace.engine.monitoring.config",
+    "MonitorRunConfig": "pairtrace.engine.monitoring.config",
     "PlanConfig": "pairtrace.engine.plan",
     "Prices": "pairtrace.engine.cost",
     "RandomConfig": "pairtrace.engine.baselines.simple",
@@ -108,6 +118,7 @@ _HOMES = {
     "evaluate": "pairtrace.engine.evaluation.evaluate",
     "extract": "pairtrace.engine.extract",
     "gradient_baseline": "pairtrace.engine.baselines.gradient",
+    "monitor_run": "pairtrace.engine.monitoring.run",
     "open_pairs": "pairtrace.engine.pairs",
     "plan": "pairtrace.engine.plan",
     "read_costs": "pairtrace.engine.cost",

@@ -19,6 +19,7 @@ from pairtrace.commands import (
     evaluation,
     extraction,
     gradient,
+    monitoring,
     scoring,
     stores,
     training,
@@ -46,6 +47,8 @@ def _print_answer(answer: Answer, **_: Any) -> None:
     print(answer)
     if answer.error is not None:
         raise PairtraceError(answer.error)
+    if answer.code:
+        raise typer.Exit(answer.code)
 
 
 app = typer.Typer(
@@ -61,6 +64,7 @@ app = typer.Typer(
 )
 for commands in (extraction.app, scoring.app, diagnosis.app, edits.app, costs.app, training.app, evaluation.app):
     app.add_typer(commands)
+app.add_typer(monitoring.app)
 baselines.app.add_typer(gradient.app)
 app.add_typer(baselines.app, name="baseline")
 app.add_typer(stores.app, name="store")
@@ -97,7 +101,8 @@ def _terminate(number: int, _: Any) -> None:
 def main() -> None:
     """Run the command line.
 
-    Exit code 0 only on success: 1 for an error, 2 for wrong usage, 130 when interrupted, 143 when terminated.
+    Exit code 0 only on success: 1 for an error, 2 for wrong usage, 3 for an alert of the monitor, 130 when
+    interrupted, 143 when terminated.
     """
     signal.signal(signal.SIGTERM, _terminate)
     app()

@@ -1,0 +1,1 @@
+"""Early warning: what preference training is changing, while it trains."""
