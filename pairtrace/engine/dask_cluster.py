@@ -12,7 +12,9 @@ from contextlib import closing, contextmanager
 from functools import lru_cache
 from typing import Any
 
-from pairtrace.errors import ConfigError, MissingDependencyError
+from pairtrace.errors import ConfigError, MissingDependencyError, StoreDamagedError, StoreError
+from pairtrace.store.dask_view import open_rows
+from pairtrace.store.rows import RowReader
 from pairtrace.version import __version__
 
 CONNECT_SECONDS = 10
@@ -131,6 +133,31 @@ def _worker_version() -> str:
     from pairtrace.version import __version__ as version
 
     return version
+
+
+def given(value: Any) -> Any:
+    """A task that holds what others need: it travels once to each worker, and outlives any of them."""
+    return value
+
+
+def open_store_rows(path: str, identity: str) -> RowReader:
+    """`open_rows` inside a task; the message says which worker cannot open the store.
+
+    Raises:
+        StoreError: there is no such store at this path there, or another one.
+        StoreDamagedError: it is damaged.
+    """
+    from distributed import get_worker
+
+    try:
+        return open_rows(path, identity)
+    except StoreDamagedError:
+        raise
+    except StoreError as error:
+        raise StoreError(
+            f"the Dask worker at {get_worker().address} cannot open the store: {error}; every worker has to see it at "
+            "this path"
+        ) from error
 
 
 @contextmanager

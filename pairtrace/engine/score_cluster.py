@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from pairtrace.engine.dask_cluster import check_workers, cluster_failures, connect, one_thread
+from pairtrace.engine.dask_cluster import check_workers, cluster_failures, connect, given, one_thread, open_store_rows
 from pairtrace.engine.score_blocks import Scorer
-from pairtrace.errors import StoreDamagedError, StoreError
-from pairtrace.store.dask_view import open_rows, store_identity
+from pairtrace.store.dask_view import store_identity
 from pairtrace.store.reader import ActivationStore
 
 logger = logging.getLogger(__name__)
@@ -53,8 +52,7 @@ def cluster_scores(
         threads = check_workers(client, address)
         identity = store_identity(store.manifest)
         path = store.path if "://" in store.path else str(Path(store.path).absolute())
-        # A task that gives the directions, so that they travel once to each worker and outlive any of them.
-        held = client.submit(_given, scorer, pure=False)
+        held = client.submit(given, scorer, pure=False)
         pending: deque[tuple[int, Any]] = deque()
         for shard in store.finished_shards():
             future = client.submit(
@@ -77,23 +75,9 @@ def _next_of(pending: deque[tuple[int, Any]], address: str) -> tuple[int, np.nda
 # On the workers
 
 
-def _given(scorer: Scorer) -> Scorer:
-    return scorer
-
-
 def _score_shard(path: str, identity: str, array: str, shard: int, scorer: Scorer, *, checksum: bool) -> np.ndarray:
     """Scores float32 [n, B] of one shard."""
-    from distributed import get_worker
-
-    try:
-        reader = open_rows(path, identity)
-    except StoreDamagedError:
-        raise
-    except StoreError as error:
-        raise StoreError(
-            f"the Dask worker at {get_worker().address} cannot open the store: {error}; every worker has to see it at "
-            "this path"
-        ) from error
+    reader = open_store_rows(path, identity)
     with one_thread():
         scaled = reader.manifest.dtype == "int8"
         norms = reader.chunk(array.replace("diff/", "norm/"), shard, checksum=checksum) if scaled else None

@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # A column with more distinct values holds texts, numbers or identifiers, which no cluster is made of.
 MOST_VALUES = 1_000
-TOO_MANY = f"more than {MOST_VALUES} distinct values"
+_TOO_MANY = f"more than {MOST_VALUES} distinct values"
 SOURCE = "source"
 
 
@@ -72,8 +72,10 @@ def store_columns(
             f"the columns {', '.join(wanted)} of the data are asked for, but the data is not there; say where with "
             "--data"
         )
-    sources = source_column(store)
-    columns, left_out = ([sources], {}) if sources is not None else ([], {SOURCE: TOO_MANY})
+    offsets, data = store.source_strings()
+    sources = _Encoder(SOURCE)
+    sources.add(pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(data)))
+    columns, left_out = ([], {SOURCE: sources.problem}) if sources.problem else ([sources.column()], {})
     if source is None:
         return columns, left_out
     try:
@@ -85,14 +87,6 @@ def store_columns(
         logger.warning("the clusters are described without metadata: %s", error)
         return columns, {**left_out, "metadata": str(error)}
     return columns + more, left_out | others
-
-
-def source_column(store: ActivationStore) -> Column | None:
-    """The source of each of the N pairs; None where there are more than `MOST_VALUES`."""
-    offsets, data = store.source_strings()
-    encoder = _Encoder(SOURCE)
-    encoder.add(pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(data)))
-    return encoder.column()
 
 
 def metadata_columns(
@@ -143,42 +137,49 @@ def metadata_columns(
                 break
         if read < rows:
             raise DataMismatchError(f"the data has {read} rows, but had {rows} when it was opened")
-    columns = {name: encoder.column() for name, encoder in encoders.items()}
     return (
-        [column for column in columns.values() if column is not None],
-        {name: TOO_MANY for name, column in columns.items() if column is None},
+        [encoder.column() for encoder in encoders.values() if not encoder.problem],
+        {name: encoder.problem for name, encoder in encoders.items() if encoder.problem},
     )
 
 
 class _Encoder:
-    """Takes the values of a column piece by piece, and gives up when there are too many different ones."""
+    """Takes the values of a column piece by piece, and gives up when there are too many different ones.
+
+    Attributes:
+        problem: why there is no column; "" as long as there is one.
+    """
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._numbers: dict[str, int] = {}
         self._pieces: list[np.ndarray] = []
-        self._given_up = False
+        self.problem = ""
 
     def add(self, values: pa.Array) -> None:
         """Take the next values; None counts as ""."""
-        if self._given_up:
+        if self.problem:
             return
         encoded = values.dictionary_encode()
         if len(encoded.dictionary) > MOST_VALUES:
-            self._given_up = True
+            self.problem = _TOO_MANY
             return
-        texts = ["" if value is None else str(value) for value in encoded.dictionary.to_pylist()]
+        try:
+            texts = ["" if value is None else str(value) for value in encoded.dictionary.to_pylist()]
+        except UnicodeDecodeError:
+            self.problem = "a text that is not valid UTF-8"
+            return
         if encoded.null_count:
             texts.append("")
         numbers = [self._numbers.setdefault(text, len(self._numbers)) for text in texts]
         places = encoded.indices.fill_null(len(texts) - 1).to_numpy(zero_copy_only=False)
         self._pieces.append(np.array(numbers, np.int32)[places])
-        self._given_up = len(self._numbers) > MOST_VALUES
+        if len(self._numbers) > MOST_VALUES:
+            self.problem = _TOO_MANY
 
-    def column(self) -> Column | None:
-        """The whole column; None where there were more than `MOST_VALUES` values."""
-        if self._given_up:
-            return None
+    def column(self) -> Column:
+        """The whole column, where there was no problem."""
+        assert not self.problem
         texts = np.array(list(self._numbers), dtype=object)
         order = np.argsort(texts)
         place = np.empty(len(texts), np.int32)

@@ -15,7 +15,7 @@ import numpy as np
 
 from pairtrace.engine.baselines.store_pairs import open_store_data
 from pairtrace.engine.discovery.clustering import Clustering
-from pairtrace.engine.discovery.columns import SOURCE, Column, store_columns
+from pairtrace.engine.discovery.columns import Column, store_columns
 from pairtrace.engine.discovery.enrichment import Counts, count_datapoints, count_members, enrichments
 from pairtrace.engine.discovery.exemplars import Datapoint, Exemplar, pair_texts, typical_members
 from pairtrace.engine.discovery.naming import NAMES_FILE, Names, NamingConfig, propose_names
@@ -157,7 +157,7 @@ def describe(
         count,
         false_discovery_rate=config.false_discovery_rate,
     )
-    exemplars, datapoints = _shown(items, clustering, cosines, closest, columns, source, config)
+    exemplars, datapoints = _shown(items, clustering, cosines, closest, store, source, config)
     stability: list[Stability | None] = [None] * count
     if recluster is not None:
         stability = measure_stability(labels, count, recluster, config.stability, progress)
@@ -249,7 +249,7 @@ def _shown(
     clustering: Clustering,
     cosines: np.ndarray,
     closest: ClosestRows,
-    columns: Sequence[Column],
+    store: ActivationStore,
     source: PairSource | None,
     config: DescriptionConfig,
 ) -> tuple[list[tuple[Exemplar, ...]], list[tuple[Datapoint, ...]]]:
@@ -258,11 +258,12 @@ def _shown(
         clustering.labels, clustering.probabilities, cosines, len(clustering.persistence), config.exemplars
     )
     top = closest.rows[:, : config.top_datapoints]
-    wanted = set(top[top >= 0].tolist())
+    shown_rows = np.unique(top[top >= 0])
+    sources = dict(zip(shown_rows.tolist(), store.row_reader().take("source", shown_rows).tolist(), strict=True))
+    wanted = set(sources)
     if items.view == "pairs":
         wanted |= {row for positions in typical for row in items.items[positions].tolist()}
     texts = {} if source is None else pair_texts(source, wanted)
-    sources = next((column for column in columns if column.name == SOURCE), None)
 
     def member_texts(positions: np.ndarray) -> list[dict[str, str]]:
         if items.view == "pairs":
@@ -286,7 +287,7 @@ def _shown(
             Datapoint(
                 row=row,
                 cosine=cosine,
-                source="" if sources is None else sources.values[sources.codes[row]],
+                source=sources[row],
                 texts=texts.get(row, {}),
             )
             for row, cosine in zip(rows.tolist(), values.tolist(), strict=False)

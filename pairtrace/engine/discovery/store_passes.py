@@ -14,12 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from pairtrace.engine.dask_cluster import cluster_failures, one_thread
+from pairtrace.engine.dask_cluster import cluster_failures, given, one_thread, open_store_rows
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.score_blocks import Scorer
-from pairtrace.errors import StoreDamagedError, StoreError
 from pairtrace.kernels.topk import StreamingTopK
-from pairtrace.store.dask_view import open_rows, store_identity
+from pairtrace.store.dask_view import store_identity
 from pairtrace.store.layout import OK, to_float32
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.rows import RowReader
@@ -144,11 +143,11 @@ def _tasks(
     work: Callable[..., Any],
     array: str,
     by_row: Sequence[np.ndarray],
-    given: Sequence[Any] = (),
+    shared: Sequence[Any] = (),
 ) -> Iterator[tuple[int, Any]]:
     """Number of rows and result of every group of finished shards, in order.
 
-    `work(reader, array, shards, starts, *parts of by_row, *given)` gets, per shard, the part of every array [N].
+    `work(reader, array, shards, starts, *parts of by_row, *shared)` gets, per shard, the part of every array [N].
     """
     manifest, shards = store.manifest, store.finished_shards()
     spans = [(shard * manifest.shard_rows, min((shard + 1) * manifest.shard_rows, store.rows)) for shard in shards]
@@ -162,13 +161,12 @@ def _tasks(
     if client is None:
         reader = store.row_reader()
         for count, group in zip(counts, groups, strict=True):
-            yield count, work(reader, *arguments(group), *given)
+            yield count, work(reader, *arguments(group), *shared)
         return
     path = store.path if "://" in store.path else str(Path(store.path).absolute())
     address, identity = client.scheduler.address, store_identity(manifest)
     most = _TASKS_PER_THREAD * max(1, sum(client.nthreads().values()))
-    # Tasks that give what all need: it travels once to each worker, and outlives any of them.
-    held = [client.submit(_given, one, pure=False) for one in given]
+    held = [client.submit(given, one, pure=False) for one in shared]
     pending: deque[tuple[int, Any]] = deque()
     for count, group in zip(counts, groups, strict=True):
         future = client.submit(_on_worker, path, identity, work, *arguments(group), *held, pure=False)
@@ -188,22 +186,8 @@ def _result(pending: deque[tuple[int, Any]], address: str) -> tuple[int, Any]:
 # In tasks
 
 
-def _given(value: Any) -> Any:
-    return value
-
-
 def _on_worker(path: str, identity: str, work: Callable[..., Any], *arguments: Any) -> Any:
-    from distributed import get_worker
-
-    try:
-        reader = open_rows(path, identity)
-    except StoreDamagedError:
-        raise
-    except StoreError as error:
-        raise StoreError(
-            f"the Dask worker at {get_worker().address} cannot open the store: {error}; every worker has to see it at "
-            "this path"
-        ) from error
+    reader = open_store_rows(path, identity)
     with one_thread():
         return work(reader, *arguments)
 
