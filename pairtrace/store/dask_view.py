@@ -29,9 +29,8 @@ def store_identity(manifest: Manifest) -> str:
     return hashlib.sha256(json.dumps(manifest.to_json(), sort_keys=True).encode()).hexdigest()
 
 
-@lru_cache(maxsize=8)
-def open_rows(path: str, identity: str) -> RowReader:
-    """Open a store on a worker; kept for the worker's next shards.
+def open_same(path: str, identity: str) -> RowReader:
+    """Open, on a worker, the store that is meant.
 
     Args:
         path: path or address of the store.
@@ -44,6 +43,12 @@ def open_rows(path: str, identity: str) -> RowReader:
     if store_identity(reader.manifest) != identity:
         raise StoreError(f"{path} is another store here than where the work was begun; give a path that all can see")
     return reader
+
+
+@lru_cache(maxsize=8)
+def open_rows(path: str, identity: str) -> RowReader:
+    """`open_same`, kept for the worker's next shards; for stores that do not change any more."""
+    return open_same(path, identity)
 
 
 def dask_rows(

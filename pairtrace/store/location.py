@@ -202,7 +202,7 @@ class LocalLocation:
                 partial.unlink(missing_ok=True)
             raise
         if durable:
-            self._settle({path.parent for path in paths.values()})
+            self.settle({path.parent for path in paths.values()})
 
     def remove(self, key: str, *, durable: bool) -> None:
         """Remove a file."""
@@ -223,7 +223,7 @@ class LocalLocation:
 
         return zarr.open_group(self.root, mode=mode, zarr_format=3)  # type: ignore[arg-type]
 
-    def _settle(self, folders: set[Path]) -> None:
+    def settle(self, folders: set[Path]) -> None:
         """Make the entries of directories durable, and the directories themselves ("c/7" in "c", and so on up).
 
         What led to a directory that this object has settled once is not looked at again.

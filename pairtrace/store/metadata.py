@@ -133,11 +133,11 @@ def discard_unmarked(location: LocalLocation, manifest: Manifest, *, durable: bo
     return True
 
 
-def remove_partial_files(location: LocalLocation) -> None:
-    """Remove what a killed writer left half-written; the lock must be held."""
+def remove_partial_files(location: Location) -> None:
+    """Remove what a killed writer left half-written, or staged; the lock must be held."""
     for key in location.list_keys():
         if key.endswith(PARTIAL):
-            (location.root / key).unlink()
+            location.remove(key, durable=False)
 
 
 def require_manifest(location: Location) -> Manifest:

@@ -6,30 +6,16 @@ instant costs at most the shards in flight: what has no mark is computed again, 
 
 from __future__ import annotations
 
-import errno
 import logging
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack
 from types import TracebackType
 
-import numpy as np
-
 from pairtrace.errors import StoreDamagedError, StoreMismatchError, StoreWriteError
-from pairtrace.kernels.int8 import ScaledRows, encode_int8
-from pairtrace.store.chunks import encode, read_chunk
-from pairtrace.store.layout import (
-    MISSING,
-    OK,
-    QUARANTINED,
-    array_specs,
-    is_scale,
-    is_scaled,
-    nonfinite_rows,
-    scale_names,
-)
+from pairtrace.store.chunks import read_chunk
+from pairtrace.store.layout import MISSING, array_specs
 from pairtrace.store.location import LocalLocation, Location, StorePath, open_location
 from pairtrace.store.lock import WriterLock
 from pairtrace.store.manifest import Manifest
@@ -41,55 +27,17 @@ from pairtrace.store.metadata import (
     refuse_foreign_directory,
     remove_partial_files,
 )
+from pairtrace.store.shard_block import ShardBlock, Values, checked_values, shard_objects
+from pairtrace.store.staging import StagedShard, place
+from pairtrace.store.write_errors import explain_write_errors
+
+__all__ = ["ShardBlock", "StoreWriter"]
 
 logger = logging.getLogger(__name__)
 
 # Shards that are written at the same time: while one waits for the disk to say that it is safe, the others' bytes are
 # on their way.
 IN_FLIGHT = 6
-
-Values = np.ndarray | ScaledRows | list[str]
-
-_REASONS = {
-    errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "the disk quota is used up: free some space",
-    errno.EFBIG: "a file grew past the size limit of this file system or shell: raise the limit",
-    errno.EROFS: "the file system is read-only: choose another path for the store, or mount it writable",
-    errno.EACCES: "permission denied: choose another path for the store, or change the permissions",
-    errno.EPERM: "permission denied: choose another path for the store, or change the permissions",
-}
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class ShardBlock:
-    """Everything about the n rows of one shard (n = S, fewer in the last shard).
-
-    Quarantined rows hold zeros in every numeric array but `pair_id` and `tokens`, which are free.
-
-    Attributes:
-        index: number of the shard; its first row is index * S.
-        pair_id: uint8 [n, 16].
-        tokens: int32 [n, 3], counts of prompt, chosen and rejected tokens.
-        status: uint8 [n], 1 ok or 2 quarantined.
-        reason: n strings; why a row is quarantined, "" for an ok row.
-        source: n strings; where the pair comes from.
-        diff: per layer [n, D] in the type of the store (bfloat16 as its uint16 bits); for an int8 store float32, which
-            the writer rounds, or `ScaledRows`.
-        norm: per layer float32 [n], norm of the difference before it was rounded.
-        chosen: per layer like `diff`, or None in a store without sides.
-        rejected: per layer like `diff`, or None in a store without sides.
-    """
-
-    index: int
-    pair_id: np.ndarray
-    tokens: np.ndarray
-    status: np.ndarray
-    reason: list[str]
-    source: list[str]
-    diff: Mapping[int, np.ndarray | ScaledRows]
-    norm: Mapping[int, np.ndarray]
-    chosen: Mapping[int, np.ndarray | ScaledRows] | None = None
-    rejected: Mapping[int, np.ndarray | ScaledRows] | None = None
 
 
 class StoreWriter:
@@ -138,7 +86,7 @@ class StoreWriter:
         """
         location = open_location(path)
         lock = None
-        with ExitStack() as undo, _explain_write_errors(location, "create or open the store"):
+        with ExitStack() as undo, explain_write_errors(location, "create or open the store"):
             if isinstance(location, LocalLocation):
                 refuse_foreign_directory(location)
                 lock = WriterLock(location.root)
@@ -175,9 +123,42 @@ class StoreWriter:
                 then. It may be an earlier one than this.
         """
         assert not self._closed, "the writer is closed"
-        values = self._values(block)
+        values = checked_values(block, self.manifest, self._specs)
         self._wait(IN_FLIGHT - 1)
         self._pending.append(self._pool.submit(self._write, block.index, values))
+
+    def unmark(self, shards: Iterable[int]) -> None:
+        """Take the marks of shards that are damaged, before other processes write them again.
+
+        Raises:
+            StoreWriteError: as for `write_shard`.
+        """
+        status = self._specs["status"]
+        for shard in shards:
+            with explain_write_errors(self._location, f"remove the mark of shard {shard}", resumable=True):
+                self._location.remove(status.key(shard), durable=self._fsync)
+
+    def commit(self, staged: StagedShard) -> None:
+        """Put a shard that another process has staged into its place: all its arrays, then its mark.
+
+        Raises:
+            StoreWriteError: a staged object is not there, or as for `write_shard`; the shard has no mark then.
+        """
+        assert not self._closed, "the writer is closed"
+        status = self._specs["status"].key(staged.index)
+        arrays = [spec.key(staged.index) for name, spec in self._specs.items() if name != "status"]
+        with explain_write_errors(self._location, f"commit shard {staged.index}", resumable=True):
+            self._location.remove(status, durable=self._fsync)
+            # In an object store they are there already: it cannot rename.
+            if isinstance(self._location, LocalLocation):
+                place(self._location, arrays, staged.attempt, durable=self._fsync)
+            place(self._location, [status], staged.attempt, durable=self._fsync)
+
+    def discard_staged(self) -> None:
+        """Remove what was staged and will not be committed."""
+        self.flush()
+        with explain_write_errors(self._location, "remove what was staged"):
+            remove_partial_files(self._location)
 
     def flush(self) -> None:
         """Wait until every shard so far is written and marked.
@@ -222,7 +203,7 @@ class StoreWriter:
     def _write(self, shard: int, values: dict[str, Values]) -> None:
         status = self._specs["status"]
         start, stop = status.span(shard)
-        with _explain_write_errors(self._location, f"write shard {shard} (rows {start} to {stop - 1})", resumable=True):
+        with explain_write_errors(self._location, f"write shard {shard} (rows {start} to {stop - 1})", resumable=True):
             # A damaged shard that is written again must not keep its mark meanwhile.
             self._location.remove(status.key(shard), durable=self._fsync)
             mark = {"status": values.pop("status")}
@@ -230,18 +211,7 @@ class StoreWriter:
             self._put(shard, mark)
 
     def _put(self, shard: int, values: Mapping[str, Values]) -> None:
-        arrays: dict[str, np.ndarray | list[str]] = {}
-        for name, content in values.items():
-            if is_scaled(name, self._specs):
-                assert not isinstance(content, list)
-                rows = content if isinstance(content, ScaledRows) else encode_int8(content)
-                row_scale, column_scale = scale_names(name)
-                arrays |= {name: rows.values, row_scale: rows.row_scale, column_scale: rows.column_scale[None]}
-            else:
-                assert not isinstance(content, ScaledRows)
-                arrays[name] = content
-        objects = {(spec := self._specs[name]).key(shard): encode(spec, arrays[name]) for name in arrays}
-        self._location.write(objects, durable=self._fsync)
+        self._location.write(shard_objects(shard, values, self._specs), durable=self._fsync)
 
     def _is_complete(self, shard: int) -> bool:
         status = self._specs["status"]
@@ -258,46 +228,6 @@ class StoreWriter:
             logger.warning("%s: shard %d is computed again: %s", self._location.name, shard, error)
             return False
         return True
-
-    def _values(self, block: ShardBlock) -> dict[str, Values]:
-        """The block's content by array name, checked against the layout; int8 rows not yet apart from their scales."""
-        manifest = self.manifest
-        values: dict[str, Values] = {
-            "pair_id": block.pair_id,
-            "tokens": block.tokens,
-            "status": block.status,
-            "reason": block.reason,
-            "source": block.source,
-        }
-        assert (block.chosen is not None) == (block.rejected is not None) == manifest.sides
-        groups = {"diff": block.diff, "norm": block.norm, "chosen": block.chosen, "rejected": block.rejected}
-        for group, layers in groups.items():
-            if layers is not None:
-                values |= {f"{group}/{layer}": array for layer, array in layers.items()}
-        expected = {name for name in self._specs if not is_scale(name)}
-        assert set(values) == expected, f"{sorted(values)} is not {sorted(expected)}"
-        start, stop = self._specs["status"].span(block.index)
-        for name, array in values.items():
-            spec = self._specs[name]
-            if spec.is_text:
-                assert len(array) == stop - start, f"{name}: {len(array)} strings"
-                continue
-            assert not isinstance(array, list)
-            assert array.shape == (stop - start, *spec.row_shape), f"{name}: shape {array.shape}"
-            if isinstance(array, ScaledRows):
-                assert is_scaled(name, self._specs), f"{name}: this is no int8 store"
-            else:
-                wanted = np.dtype(np.float32) if is_scaled(name, self._specs) else spec.numpy_dtype
-                assert array.dtype == wanted, f"{name}: {array.dtype} is not {wanted}"
-        ok = block.status == OK
-        assert (ok | (block.status == QUARANTINED)).all(), "every row is ok or quarantined"
-        assert block.pair_id[ok].any(axis=1).all(), "an ok row has a pair_id"
-        dtype = "float32" if manifest.dtype == "int8" else manifest.dtype
-        for layer in manifest.layers:
-            assert not nonfinite_rows(block.diff[layer], dtype)[ok].any(), (
-                f"layer {layer}: rows that are not finite have to be quarantined"
-            )
-        return values
 
 
 def _manifest_if_readable(location: Location) -> Manifest | None:
@@ -323,14 +253,3 @@ def _gives_way(location: Location, existing: Manifest, manifest: Manifest, *, du
         )
         return True
     return False
-
-
-@contextmanager
-def _explain_write_errors(location: Location, action: str, *, resumable: bool = False) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        why = _REASONS.get(error.errno or 0)
-        said = str(error) if why is None else f"{why} ({error})"
-        safe = "; every finished shard is safe, run the same command again to go on" if resumable else ""
-        raise StoreWriteError(f"{location.name}: cannot {action}: {said}{safe}") from error

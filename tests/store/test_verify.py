@@ -222,7 +222,7 @@ def test_files_that_do_not_belong(root: Path, key: str) -> None:
 def careless(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer that lets everything pass."""
 
-    def values(self: StoreWriter, block: ShardBlock) -> dict[str, Any]:
+    def values(block: ShardBlock, *_: Any) -> dict[str, Any]:
         found: dict[str, Any] = {
             name: getattr(block, name) for name in ("pair_id", "tokens", "status", "reason", "source")
         }
@@ -230,7 +230,7 @@ def careless(monkeypatch: pytest.MonkeyPatch) -> None:
             found |= {f"{group}/{layer}": rows for layer, rows in getattr(block, group).items()}
         return found
 
-    monkeypatch.setattr(writer_module.StoreWriter, "_values", values)
+    monkeypatch.setattr(writer_module, "checked_values", values)
 
 
 @pytest.mark.usefixtures("careless")
