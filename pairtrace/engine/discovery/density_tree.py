@@ -59,10 +59,10 @@ def graph_linkage(
     """Single linkage of the mutual reachability distance over a neighbour graph.
 
     The minimum spanning forest of the graph may leave parts apart. Then points spread over every part but the largest
-    look for the row of another part at the least mutual reachability distance, among all rows, and what they find
-    joins the graph. The way between two parts is thus never shorter than it is, and too long by as much as the nearest
-    asking point is away from the nearest of all: parts may come apart at a lower density than they should, which
-    neither cuts a part nor mixes two.
+    look for the row of another part at the least mutual reachability distance, among all rows, and the shortest of each
+    part joins the graph, until one part is left. A way found between two parts is real, but may be longer than the
+    shortest, since not every point asks: parts may come apart at a lower density than they should, which neither cuts
+    a part nor mixes two.
 
     Args:
         points: float32 [U, r], unit rows, all different.
@@ -87,11 +87,12 @@ def graph_linkage(
         if not len(asking):
             break
         found, distances = nearest_foreign(points, asking, parts, cores)
-        left, right = (
-            np.concatenate([left, np.minimum(asking, found)], dtype=np.int32, casting="same_kind"),
-            np.concatenate([right, np.maximum(asking, found)], dtype=np.int32, casting="same_kind"),
-        )
-        heights = np.concatenate([heights, distances])
+        # One edge for each part, as in Boruvka's algorithm: more would join parts before their shortest way is known.
+        order = np.lexsort((found, asking, distances, parts[asking]))
+        shortest = order[np.unique(parts[asking][order], return_index=True)[1]]
+        ends = np.sort(np.stack([asking[shortest], found[shortest]]), axis=0).astype(np.int32)
+        left, right = np.append(left, ends[0]), np.append(right, ends[1])
+        heights = np.append(heights, distances[shortest])
     order = np.lexsort((right, left, heights))
     tree = kernels.single_linkage(count, left[order], right[order], heights[order].astype(np.float64), weights)
     linkage = Linkage(children=tree[0], heights=tree[1], sizes=tree[2], weights=weights, cores=cores.astype(np.float64))
