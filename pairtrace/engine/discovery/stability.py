@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pairtrace.engine.discovery.clustering import ClusterConfig, cluster
+from pairtrace.engine.discovery.clustering import ClusterConfig, Clustering, cluster
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.errors import ConfigError
 
@@ -62,7 +62,7 @@ class StabilityConfig:
     """
 
     runs: int = 20
-    items: int = 5_000
+    items: int = 20_000
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -75,7 +75,8 @@ class StabilityConfig:
 def recluster_points(points: np.ndarray, config: ClusterConfig) -> Recluster:
     """Clusters some of the points as all were clustered.
 
-    The sizes that the configuration speaks of shrink with the share of the points, since the clusters do.
+    The sizes that the configuration speaks of shrink with the share of the points, since the clusters do, but not below
+    `FEWEST_MEMBERS`. What was too much for the exact method is clustered on a graph each time.
 
     Args:
         points: float32 [n, r], as `cluster` takes them.
@@ -83,7 +84,7 @@ def recluster_points(points: np.ndarray, config: ClusterConfig) -> Recluster:
     """
 
     def shrunk(size: int, share: float) -> int:
-        return max(2, round(size * share))
+        return max(min(size, FEWEST_MEMBERS), round(size * share))
 
     def recluster(positions: np.ndarray, seed: int) -> np.ndarray:
         share = len(positions) / len(points)
@@ -91,6 +92,7 @@ def recluster_points(points: np.ndarray, config: ClusterConfig) -> Recluster:
             config,
             min_cluster_size=shrunk(config.min_cluster_size, share),
             min_samples=None if config.min_samples is None else shrunk(config.min_samples, share),
+            method="graph" if config.method == "auto" and len(points) > EXACT_UP_TO else config.method,
             neighbors=None,
             seed=seed,
         )
