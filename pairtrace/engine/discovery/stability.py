@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pairtrace.engine.discovery.clustering import ClusterConfig, Clustering, cluster
+from pairtrace.engine.discovery.clustering import EXACT_UP_TO, ClusterConfig, Clustering, cluster
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.errors import ConfigError
 
@@ -72,7 +72,9 @@ class StabilityConfig:
             raise ConfigError(f"the number of items of a stability run is {self.items}; expected at least 2")
 
 
-def recluster_points(points: np.ndarray, config: ClusterConfig) -> Recluster:
+def recluster_points(
+    points: np.ndarray, config: ClusterConfig, by: Callable[[np.ndarray, ClusterConfig], Clustering] = cluster
+) -> Recluster:
     """Clusters some of the points as all were clustered.
 
     The sizes that the configuration speaks of shrink with the share of the points, since the clusters do, but not below
@@ -81,6 +83,7 @@ def recluster_points(points: np.ndarray, config: ClusterConfig) -> Recluster:
     Args:
         points: float32 [n, r], as `cluster` takes them.
         config: with which all points were clustered.
+        by: what clustered them.
     """
 
     def shrunk(size: int, share: float) -> int:
@@ -96,7 +99,7 @@ def recluster_points(points: np.ndarray, config: ClusterConfig) -> Recluster:
             neighbors=None,
             seed=seed,
         )
-        return cluster(points[positions], own).labels
+        return by(points[positions], own).labels
 
     return recluster
 
