@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -197,4 +198,47 @@ def gpu_table(content: Record) -> str:
         f"{work['rows']:,} x {work['width']:,} float16 rows; medians of interleaved runs; the error is the largest "
         "difference from float64. `host` rows lie in page-locked memory and are streamed to the device. "
         f"One {content['hardware']['gpu']}, {content['date'][:10]}.{missed(content)}"
+    )
+
+
+def discover_table(content: Record) -> str:
+    work = content["workload"]
+
+    def cells(name: str, told: Record) -> list[str]:
+        if not told["finished"]:
+            return [name, told["why"], *[""] * 6]
+        exact = "reference" if name == "hdbscan" else f"{told.get('ari_exact_clustered', math.nan):.3f}"
+        return [
+            f"**{name}**" if name == "pairtrace" else name,
+            f"{told['seconds']:,.0f}",
+            f"{told['peak_memory_gb']:.2f}",
+            str(told["clusters"]),
+            exact.replace("nan", ""),
+            f"{told['ari_planted_clustered']:.3f}",
+            f"{told['members_clustered']:.3f}",
+            f"{told['noise_recall']:.3f}",
+        ]
+
+    rows = [
+        [f"{int(count):,}", *cells(name, told)]
+        for count, methods in content["results"].items()
+        for name, told in methods.items()
+    ]
+    head = ["rows", "method", "s", "peak GB", "clusters", "ARI: exact", "planted", "members found", "noise left"]
+    largest = content["results"][max(content["results"], key=int)]["pairtrace"]
+    found = (
+        f"Of the true neighbours {largest['recall']:.0%} are in the graph of the largest run"
+        f" ({largest['recall_clustered']:.0%} for rows in clusters, {largest['recall_noise']:.0%} for noise). "
+        if largest["finished"]
+        else ""
+    )
+    absent = f" Not installed: {', '.join(work['not_installed'])}." if work["not_installed"] else ""
+    return (
+        f"{table(head, rows)}\n\n"
+        f"{work['directions']} planted directions of width {work['width']} (members at one cosine per direction, "
+        f"{work['cosines'][0]} to {work['cosines'][1]}, the largest with {work['uneven']:g} times the members of the "
+        f"smallest) and {work['noise']:.0%} noise; clusters from 1/{work['rows_per_minimum']} of the rows on. "
+        f"pairtrace reduces to {work['reduced']} dimensions and clusters; the others are given the reduced rows. ARI: "
+        f"of rows both call clustered. {found}A method that did not finish is not started on more rows.{absent} "
+        f"{where(content)}{missed(content)}"
     )
