@@ -27,7 +27,7 @@ def _hits(flat: Any, start: Any, count: Any, threshold: Any) -> Any:
 
 
 @numba.njit
-def _insert(keys: Any, rows: Any, held: int, key: Any, row: Any) -> int:
+def _insert(keys: Any, rows: Any, held: Any, key: Any, row: Any) -> Any:
     """Put an entry into a list sorted best first, ties by the lower row; returns how many it holds then."""
     k = keys.shape[0]
     if held == k and (key < keys[k - 1] or (key == keys[k - 1] and row > rows[k - 1])):
@@ -76,7 +76,7 @@ def offer(scores: Any, places: Any, first: int, own: Any, keys: Any, rows: Any, 
 
 
 @numba.njit
-def _distance(left: Any, right: Any) -> float:
+def _distance(left: Any, right: Any) -> Any:
     """Euclidean distance, from the differences: exactly 0 for equal rows and the same in both directions."""
     total = 0.0
     for i in range(left.shape[0]):

@@ -155,7 +155,7 @@ def _directed(points: np.ndarray) -> np.ndarray:
     if points.ndim != 2 or points.dtype != np.float32:
         raise ConfigError(f"points must be float32 [N, r], not {points.dtype} {list(points.shape)}")
     squares = np.einsum("ij,ij->i", points, points)
-    directed = ~np.isnan(squares)
+    directed: np.ndarray = ~np.isnan(squares)
     off = np.flatnonzero(directed & ~(np.abs(squares - 1) < 1e-3))
     if len(off):
         raise ConfigError(
