@@ -121,7 +121,7 @@ def test_a_run_that_ends_in_between_leaves_no_product(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(product, broken, end)
         write_product(tmp_path, make_discovery(seed=2))
-    with pytest.raises(DataError, match="unfinished discovery: .* is written last, is not there"):
+    with pytest.raises(DataError, match=r"unfinished discovery: .* is written last, is not there"):
         read_product(tmp_path)
     made = make_discovery(seed=2)
     write_product(tmp_path, made)
