@@ -80,6 +80,15 @@ def _train(
         str | None,
         typer.Option(help="Directory of M0's log-probabilities [default: .pairtrace-reference beside --out]."),
     ] = None,
+    monitor: Annotated[
+        str | None, typer.Option(help="Prompts to ask while training: what changes? Logged to OUT.monitor.")
+    ] = None,
+    monitor_steps: Annotated[int, typer.Option(help="Steps between two looks of the monitor.")] = 50,
+    monitor_rules: Annotated[
+        str | None, typer.Option(help="Rule file of the monitor's judge, or refusal [default: no judge].")
+    ] = None,
+    monitor_known: Annotated[str | None, typer.Option(help="Clusters that `pairtrace discover` found.")] = None,
+    monitor_stop: Annotated[bool, typer.Option("--monitor-stop", help="End training at an alert.")] = False,
     max_length: MaxLength = 1024,
     truncation: Truncation = "keep_start",
     limit: Limit = None,

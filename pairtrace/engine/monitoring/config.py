@@ -10,9 +10,11 @@ from pairtrace.errors import ConfigError
 
 BUILT_IN_RULES = "refusal"
 _DEFAULT_SAMPLED = 0.7
-# They say where things lie and what follows from an alert, not what is measured: a log may go on with other ones.
+# They say where things lie or what follows from an alert: a log may go on with other ones. What lies there counts on
+# its own, by fingerprints.
 _CARRIED_OUT = frozenset(
-    ("base", "prompts", "out", "known", "cache", "batch_size", "device", "token_budget", "on_alert")
+    ("base", "prompts", "out", "known", "cache", "batch_size", "device", "token_budget", "on_alert", "rules")
+    + ("chat_template", "run", "follow", "until_step", "poll_seconds", "patience")
 )
 
 

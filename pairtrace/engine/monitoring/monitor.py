@@ -19,7 +19,8 @@ import numpy as np
 
 from pairtrace.engine.architectures import check_layers, family_of
 from pairtrace.engine.checkpoint import load_config, model_fingerprint, resolve_device, resolve_dtype
-from pairtrace.engine.discovery.prompt_bag import CHANGED, UNCHANGED, PromptBag
+from pairtrace.engine.discovery.flags import shown_shares
+from pairtrace.engine.discovery.prompt_bag import CHANGED, UNCHANGED, PromptBag, bag_items
 from pairtrace.engine.journal import Journal
 from pairtrace.engine.judge import RuleJudge, load_rules
 from pairtrace.engine.monitoring.asked import Answer, AskedPrompts
@@ -251,7 +252,7 @@ class Monitor:
         cache = BaseCache(Path(self.config.cache or self._out / "m0"), self._sampling)
         with self.numerics.context():
             answers = cache.answers(self._asked, self._load_base, self.config, self._progress, self._meter)
-        _free_memory()
+        free_memory(self.numerics.device)
         self._reference = answers.reference
         bags = [
             cache.bag(sample, self._reading, lambda further=further: self._read(self._table(further)))
@@ -288,19 +289,19 @@ class Monitor:
 
 
 def _changes(bag: PromptBag, table: RolloutTable | None = None) -> Changes:
-    """How answers differ from M0's; with verdicts out of a judged table, whose first half are M0's."""
+    """How answers differ from M0's; with the verdicts of a judged table."""
     flips = None
     if table is not None:
-        before, after = table.verdicts().reshape(2, -1)
-        flips = ((before == 0) & (after == 1)).astype(np.int8) - ((before == 1) & (after == 0))
+        base, now = shown_shares(table, bag_items(table))
+        flips = np.sign(np.nan_to_num(now - base)).astype(np.int8)
     readable = np.isin(np.array(bag.states, dtype=object), (CHANGED, UNCHANGED))
     return Changes(units=unit_rows(bag.vectors[:, 0]), readable=readable, flips=flips)
 
 
-def _free_memory() -> None:
-    """Give the weights of a model that is no longer referenced back to the device."""
-    import torch
+def free_memory(device: torch.device) -> None:
+    """Give the weights of a model that is no longer referenced back to a GPU; on a CPU they are gone already."""
+    if device.type == "cuda":
+        import torch
 
-    gc.collect()
-    if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()

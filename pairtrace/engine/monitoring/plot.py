@@ -41,9 +41,10 @@ def _picture(entries: Sequence[dict[str, Any]]) -> str:
                 curves.setdefault(line["name"], []).append((entry["step"], line))
     steps = [entry["step"] for entry in entries]
     changed = [(entry["step"], entry["changed"] / max(1, entry["items"])) for entry in entries]
-    highest = max(
-        [share for _, share in changed] + [line["now"]["interval"][1] for c in curves.values() for _, line in c]
-    )
+    shown = sorted(curves, key=lambda name: -max(line["now"]["share"] for _, line in curves[name]))[:_MOST_CURVES]
+    curves = {name: points for name, points in curves.items() if name in shown}
+    ends = [line["now"]["interval"][1] for points in curves.values() for _, line in points]
+    highest = max([share for _, share in changed] + ends, default=0.0)
     axes = _Axes(first=min(steps, default=0), last=max(steps, default=1), highest=max(highest, 0.05))
     parts = [*axes.frame(), axes.curve(changed, _GREY, dashes="5 4"), *_legend("all changed answers", 0, _GREY)]
     for number, (name, points) in enumerate(curves.items()):

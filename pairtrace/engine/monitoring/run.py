@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 from pairtrace.engine.cost import CostMeter
 from pairtrace.engine.monitoring.checkpoints import arriving, load_checkpoint
 from pairtrace.engine.monitoring.config import MonitorRunConfig
-from pairtrace.engine.monitoring.monitor import LOG, PLOT, Monitor
+from pairtrace.engine.monitoring.monitor import LOG, PLOT, Monitor, free_memory
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 
 logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def monitor_run(config: MonitorRunConfig, progress: Progress = NULL_PROGRESS) ->
                 continue
             seen = monitor.observe(step, sampler)
             del sampler
-            gc.collect()
+            free_memory(monitor.numerics.device)
             looked_at += 1
             if seen.alerts and config.on_alert == "stop":
                 stopped = True

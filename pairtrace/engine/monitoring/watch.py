@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pairtrace.engine.discovery.clustering import ClusterConfig, cluster
-from pairtrace.engine.discovery.flags import mcnemar_exact
+from pairtrace.engine.discovery.flags import exact_mcnemar
 from pairtrace.engine.monitoring.clusters import WatchedCluster, assign
 from pairtrace.engine.monitoring.config import MonitorConfig
 from pairtrace.engine.monitoring.growth import Share, has_grown, spent_level
@@ -47,9 +47,9 @@ class Line:
         now: its share of the answers at this step.
         start: its share of M0's further answers.
         grown: `now` lies above `start`, beyond chance and by the least growth that counts.
-        shown, hidden: members whose verdict turned true, and false; None where nothing is judged.
-        verdict_p: chance of as many turning true if each turned as likely either way.
-        judged_changed: that chance is below the level of the test.
+        risen, fallen: members whose verdict turned true, and false; None where nothing is judged.
+        verdict_p: of the exact McNemar test on them, two-sided; None likewise.
+        judged_changed: more turned true, and the p-value is below the level of the test.
         members: positions of the items.
     """
 
@@ -59,8 +59,8 @@ class Line:
     now: Share
     start: Share
     grown: bool
-    shown: int | None
-    hidden: int | None
+    risen: int | None
+    fallen: int | None
     verdict_p: float | None
     judged_changed: bool
     members: tuple[int, ...]
@@ -68,8 +68,13 @@ class Line:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         figures = {name: getattr(self, name) for name in ("name", "kind", "flagged", "grown")}
-        verdicts = {} if self.shown is None else {"shown": self.shown, "hidden": self.hidden, "p": self.verdict_p}
-        return {**figures, "now": self.now.to_dict(), "start": self.start.to_dict(), "verdicts": verdicts or None}
+        verdicts = {"risen": self.risen, "fallen": self.fallen, "p_value": self.verdict_p}
+        return {
+            **figures,
+            "now": self.now.to_dict(),
+            "start": self.start.to_dict(),
+            "verdicts": None if self.verdict_p is None else verdicts,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,10 +176,10 @@ class Watch:
             members = np.flatnonzero(owner == number)
             share = Share.at(len(members), int(now.readable.sum()), level)
             start = Share.at(int((null_owner == number).sum()), int(self.null.readable.sum()), level)
-            shown = hidden = p = None
+            risen = fallen = p = None
             if now.flips is not None:
-                shown, hidden = (int((now.flips[members] == sign).sum()) for sign in (1, -1))
-                p = mcnemar_exact(shown, hidden)
+                risen, fallen = (int((now.flips[members] == sign).sum()) for sign in (1, -1))
+                p = exact_mcnemar(risen, fallen)
             lines.append(
                 Line(
                     name=one.name,
@@ -183,10 +188,10 @@ class Watch:
                     now=share,
                     start=start,
                     grown=has_grown(share, start, self.config.min_growth),
-                    shown=shown,
-                    hidden=hidden,
+                    risen=risen,
+                    fallen=fallen,
                     verdict_p=p,
-                    judged_changed=p is not None and p <= level,
+                    judged_changed=bool(p is not None and p <= level and (risen or 0) > (fallen or 0)),
                     members=tuple(members.tolist()),
                 )
             )
@@ -243,7 +248,7 @@ def _reduced(units: np.ndarray, seed: int) -> np.ndarray:
 
 def _text(line: Line) -> str:
     what = "new cluster" if line.kind == "new" else f"{'flagged ' if line.flagged else ''}cluster"
-    verdicts = "" if line.shown is None else f"; the verdict turned true on {line.shown} and false on {line.hidden}"
+    verdicts = "" if line.risen is None else f"; the verdict turned true on {line.risen} and false on {line.fallen}"
     return (
         f"{what} {line.name}: {line.now.count} of {line.now.of} answers ({line.now.value:.1%}, at least "
         f"{line.now.interval[0]:.1%}), with M0 {line.start.value:.1%} (at most {line.start.interval[1]:.1%}){verdicts}"

@@ -23,6 +23,7 @@ FULL_RATE, LORA_RATE = 5e-7, 1e-5
 _CARRIED_OUT = frozenset(
     ("out", "model", "data", "chat_template", "reference_cache", "device", "threads", "save_steps", "merge")
     + ("gradient_checkpointing", "save_dtype")
+    + ("monitor", "monitor_steps", "monitor_rules", "monitor_known", "monitor_stop")
 )
 
 
@@ -61,6 +62,11 @@ class TrainConfig(PairsConfig):
         save_steps: a checkpoint to resume from every so many steps; 0 for never.
         reference_cache: directory of M0's log-probabilities, shared between runs; None for `.pairtrace-reference`
             beside `out`.
+        monitor: prompt file to ask every few steps, to see what training changes; None for no monitor. Its log goes to
+            `{out}.monitor`, and the weights are the same with it and without.
+        monitor_steps: steps between two looks.
+        monitor_rules, monitor_known: `rules` and `known` of `MonitorConfig`.
+        monitor_stop: end training at an alert.
     """
 
     out: str
@@ -94,12 +100,17 @@ class TrainConfig(PairsConfig):
     threads: int | None = None
     save_steps: int = 500
     reference_cache: str | None = None
+    monitor: str | None = None
+    monitor_steps: int = 50
+    monitor_rules: str | None = None
+    monitor_known: str | None = None
+    monitor_stop: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("lora", "lora_alpha", "learning_rate", "beta", "epochs", "max_steps", "batch_size"):
             self._check(name, lambda value: value > 0, "a positive number")
-        for name in ("accumulation", "adam_epsilon", "threads"):
+        for name in ("accumulation", "adam_epsilon", "threads", "monitor_steps"):
             self._check(name, lambda value: value > 0, "a positive number")
         for name in ("weight_decay", "max_grad_norm", "save_steps", "label_smoothing"):
             self._check(name, lambda value: value >= 0, "0 or more")
@@ -121,6 +132,10 @@ class TrainConfig(PairsConfig):
         if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
             raise ConfigError(
                 f"there are {len(self.loss_weights)} loss_weights for {len(self.loss_type)} losses; give one each"
+            )
+        if self.monitor is None and (self.monitor_rules or self.monitor_known or self.monitor_stop):
+            raise ConfigError(
+                "monitor-rules, monitor-known and monitor-stop belong to a monitor; give --monitor PROMPTS"
             )
         if self.lora is None and (self.lora_alpha is not None or self.lora_targets or not self.merge):
             raise ConfigError("lora_alpha, lora_targets and no-merge are settings of an adapter; give --lora RANK")

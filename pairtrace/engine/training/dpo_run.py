@@ -6,7 +6,7 @@ import copy
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -31,7 +31,10 @@ from pairtrace.engine.training.reference import ReferenceCache, reference_log_pr
 from pairtrace.engine.training.rows import TrainingRows, read_rows
 from pairtrace.engine.training.run_directory import COSTS, RunDirectory
 from pairtrace.engine.training.saving import save_checkpoint
-from pairtrace.errors import ConfigError, PairtraceError
+from pairtrace.errors import ConfigError, PairtraceError, TrainingError
+
+if TYPE_CHECKING:
+    from pairtrace.engine.monitoring.callback import MonitorCallback
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ def run_dpo(job: Job, directory: RunDirectory, progress: Progress) -> Outcome:
     Raises:
         DataError: no row can be trained on.
         ModelError: the weights cannot be loaded.
-        TrainingError: the loss or a gradient is not finite.
+        TrainingError: the loss or a gradient is not finite, or the monitor stopped training.
     """
     rows = _read_rows(job, progress)
     checkpoint = directory.last_checkpoint()
@@ -89,6 +92,11 @@ def run_dpo(job: Job, directory: RunDirectory, progress: Progress) -> Outcome:
                 progress.advance(int(checkpoint.name.rpartition("-")[2]))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
             progress.finish()
+        if run.monitor is not None and run.monitor.stopped is not None:
+            raise TrainingError(
+                f"the monitor stopped training at step {run.monitor.stopped}: {run.monitor.alerts[-1]['text']}; see "
+                f"{_monitor_directory(job.config)}. The step is saved: the same command without --monitor-stop goes on"
+            )
         save_checkpoint(
             trainer.accelerator.unwrap_model(trainer.model),
             directory.final(),
@@ -147,6 +155,7 @@ class _Run:
         meter: of the current stage.
         computed: sequences whose reference was computed.
         steps: optimizer steps of the whole run.
+        monitor: watches the run; None where nothing is to be watched.
     """
 
     def __init__(self, job: Job, rows: TrainingRows, model: Any, progress: Progress) -> None:
@@ -155,6 +164,7 @@ class _Run:
         self._job = job
         self._rows = rows
         self._progress = progress
+        self.monitor = _monitor(job)
         config = job.config
         chosen = config.gradient_checkpointing
         large = job.device.type == "cuda" and model.num_parameters() >= _LARGE_MODEL
@@ -188,7 +198,7 @@ class _Run:
                 on_save=directory.seal_checkpoint,
                 peft_config=_adapter(config),
                 processing_class=self._job.renderer.tokenizer,
-                callbacks=[callback],
+                callbacks=[callback, *([] if self.monitor is None else [self.monitor])],
             )
         except PairtraceError:
             raise
@@ -262,6 +272,32 @@ class _Run:
     def _count_pass(self, indices: list[int]) -> None:
         tokens, flops = self._operations.training(indices)
         self.meter.add(tokens=tokens, flops=flops)
+
+
+def _monitor_directory(config: TrainConfig) -> str:
+    return f"{config.out}.monitor"
+
+
+def _monitor(job: Job) -> MonitorCallback | None:
+    config = job.config
+    if config.monitor is None:
+        return None
+    from pairtrace.engine.monitoring.callback import MonitorCallback
+    from pairtrace.engine.monitoring.config import MonitorConfig
+
+    settings = MonitorConfig(
+        base=config.model,
+        prompts=config.monitor,
+        out=_monitor_directory(config),
+        known=config.monitor_known,
+        rules=config.monitor_rules,
+        on_alert="stop" if config.monitor_stop else "log",
+        max_length=config.max_length or 0,
+        truncation=config.truncation,
+        chat_template=config.chat_template,
+        template_date=config.template_date,
+    )
+    return MonitorCallback(settings, steps=config.monitor_steps)
 
 
 def _adapter(config: TrainConfig) -> LoraConfig | None:
