@@ -104,11 +104,23 @@ def discovery_client(address: str | None, *, workers: int | None = None) -> Iter
             yield client
         return
     try:
-        from distributed import Client, LocalCluster
+        from distributed import Client
     except ImportError as error:
         raise MissingDependencyError("dask[distributed]", "discover", "work on more than one core") from error
+    with (
+        _as_quiet_as_others("distributed"),
+        _processes(workers) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+def _processes(workers: int | None) -> Any:
+    """A running `LocalCluster`."""
+    from distributed import LocalCluster
+
     try:
-        cluster = LocalCluster(
+        return LocalCluster(
             n_workers=workers,
             threads_per_worker=1,
             processes=True,
@@ -122,8 +134,18 @@ def discovery_client(address: str | None, *, workers: int | None = None) -> Iter
             f"the worker processes do not start ({error}); a script has to do its work below "
             'if __name__ == "__main__":, and --scheduler uses workers that run already'
         ) from error
-    with cluster, Client(cluster, set_as_default=False) as client:
-        yield client
+
+
+@contextmanager
+def _as_quiet_as_others(library: str) -> Iterator[None]:
+    """Dask sets its loggers to INFO when it is imported: every connection would be told to whoever runs a command."""
+    logger = logging.getLogger(library)
+    before = logger.level
+    logger.setLevel(max(before, logging.getLogger().getEffectiveLevel()))
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 # On the workers
