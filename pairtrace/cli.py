@@ -15,6 +15,7 @@ from pairtrace.commands import (
     baselines,
     costs,
     diagnosis,
+    discovery,
     edits,
     evaluation,
     extraction,
@@ -67,6 +68,7 @@ for commands in (extraction.app, scoring.app, diagnosis.app, edits.app, costs.ap
 app.add_typer(monitoring.app)
 baselines.app.add_typer(gradient.app)
 app.add_typer(baselines.app, name="baseline")
+app.add_typer(discovery.app, name="discover")
 app.add_typer(stores.app, name="store")
 app.add_typer(about.app)
 

@@ -22,9 +22,10 @@ COMMANDS = [
     *("extract", "plan", "behavior", "score", "top", "sources", "edit", "restore", "demo", "version"),
     *("diagnose", "train", "evaluate", "cost", "monitor"),
     *("store info", "store verify", "store convert"),
+    *("discover pairs", "discover show"),
     *("baseline random", "baseline length", "baseline margin", "baseline judge", "baseline gradient"),
 ]
-GROUPS = ("store", "baseline")
+GROUPS = ("store", "baseline", "discover")
 
 
 def run(*arguments: object) -> Result:
@@ -103,6 +104,8 @@ def test_wrong_usage_is_exit_code_two(arguments: list[str]) -> None:
         (["store", "convert", "nowhere.zarr", "b.zarr", "--dtype", "int4"], "--dtype is 'int4'"),
         (["store", "convert", "nowhere.zarr", "b.zarr", "--codec", "gzip"], "unknown codec 'gzip'"),
         (["store", "convert", "nowhere.zarr", "b.zarr"], "nothing to convert to"),
+        (["discover", "pairs", "nowhere.zarr", "--out", "kinds"], "nowhere.zarr"),
+        (["discover", "pairs", "nowhere.zarr", "--out", "kinds", "--sample", "few"], "--sample is 'few'"),
         (["score", "nowhere.zarr", "b.safetensors", "--out", "s.parquet"], "nowhere.zarr"),
         (["top", "nowhere.parquet"], "nowhere.parquet"),
         (["sources", "nowhere.parquet"], "nowhere.parquet"),

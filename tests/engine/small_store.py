@@ -50,6 +50,7 @@ def make_store(
     skip_shards: tuple[int, ...] = (),
     seed: int = 0,
     tokens: np.ndarray | None = None,
+    vectors: np.ndarray | None = None,
     **manifest_fields: Any,
 ) -> SmallStore:
     root.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,7 @@ def make_store(
     status = np.ones(rows, np.uint8)
     status[list(quarantined)] = 2
     for layer in layers:
-        exact = rng.normal(size=(rows, width)).astype(np.float32)
+        exact = (rng.normal(size=(rows, width)) if vectors is None else vectors).astype(np.float32)
         exact[list(quarantined) + list(zero)] = 0
         if dtype == "bfloat16":
             words = (exact.view(np.uint32) >> 16).astype(np.uint16)

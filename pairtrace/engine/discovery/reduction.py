@@ -203,7 +203,7 @@ def _components(basis: np.ndarray, moment: _Moment, r: int) -> Reduction:
     # The sign of a component means nothing; this one is the same on every machine.
     largest = np.take_along_axis(components, np.abs(components).argmax(axis=1)[:, None], axis=1)
     return Reduction(
-        components=(components * np.sign(largest)).astype(np.float32),
+        components=np.ascontiguousarray(components * np.sign(largest), np.float32),
         share=values[best].astype(np.float32),
         mean_cosine=moment.mean_cosine,
     )
