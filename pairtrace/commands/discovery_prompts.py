@@ -59,7 +59,7 @@ def _prompts(
     data: StoreData = None,
     fdr: Fdr = 0.05,
     stability_runs: StabilityRuns = 20,
-    stability_items: StabilityItems = 5_000,
+    stability_items: StabilityItems = 20_000,
     base_url: BaseUrl = None,
     model: JudgeModel = None,
     api_key_env: ApiKeyEnv = None,

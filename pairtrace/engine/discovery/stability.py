@@ -99,7 +99,10 @@ def recluster_points(
             neighbors=None,
             seed=seed,
         )
-        return by(points[positions], own).labels
+        chosen = points[positions]
+        if np.count_nonzero(np.isfinite(chosen).all(axis=1)) < own.min_cluster_size:
+            return np.full(len(positions), -1, np.int32)
+        return by(chosen, own).labels
 
     return recluster
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,11 +115,12 @@ def test_sizes_shrink_with_the_share_of_the_points(monkeypatch: pytest.MonkeyPat
         asked.append(config)
         return SimpleNamespace(labels=np.zeros(len(points), np.int32))
 
-    monkeypatch.setattr(stability, "cluster", fake)
     points = np.zeros((100, 3), np.float32)
-    recluster = recluster_points(points, ClusterConfig(min_cluster_size=40, min_samples=10, seed=1, selection="leaf"))
+    recluster = recluster_points(
+        points, ClusterConfig(min_cluster_size=40, min_samples=10, seed=1, selection="leaf"), fake
+    )
     recluster(np.arange(25), 9)
-    recluster_points(points, ClusterConfig(min_cluster_size=4))(np.arange(25), 2)
+    recluster_points(points, ClusterConfig(min_cluster_size=4), fake)(np.arange(25), 2)
     monkeypatch.setattr(stability, "EXACT_UP_TO", 99)
     recluster(np.arange(50), 3)
     assert asked[0] == ClusterConfig(min_cluster_size=10, min_samples=5, seed=9, selection="leaf")
@@ -140,6 +142,18 @@ def test_planted_groups_are_stable_and_a_slice_of_one_is_not() -> None:
     sliced = np.where(np.arange(len(points)) < 20, 0, -1).astype(np.int32)
     (one,) = measure_stability(sliced, 1, recluster_points(points, config), config_of_runs)
     assert one is not None and one.grade == "unstable"
+
+
+@pytest.mark.parametrize("count", [5, 6, 9])
+@pytest.mark.parametrize("method", ["exact", "graph"])
+def test_a_handful_of_items_may_be_drawn_less_often_than_a_cluster_needs(count: int, method: Any) -> None:
+    points = np.random.default_rng(0).normal(size=(count, 3))
+    points = (points / np.linalg.norm(points, axis=1, keepdims=True)).astype(np.float32)
+    points[0] = np.nan
+    config = ClusterConfig(min_cluster_size=5, min_samples=5, method=method)
+    labels = np.zeros(count, np.int32)
+    (found,) = measure_stability(labels, 1, recluster_points(points, config), StabilityConfig(runs=10))
+    assert found is None or found.grade == "unstable"
 
 
 @pytest.mark.parametrize(("changes", "message"), [({"runs": -1}, "is -1"), ({"items": 1}, "is 1")])
