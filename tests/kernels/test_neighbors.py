@@ -86,6 +86,10 @@ def test_thousands_of_equal_rows_fill_no_list_and_find_each_other() -> None:
     lists = neighbors._in_lists(points, 12, seed=0)
     assert np.diff(lists.starts).max() <= neighbors._LONGEST_LIST and lists.starts[-1] == 6000
     np.testing.assert_array_equal(np.sort(lists.names), np.arange(6000))
+    own = np.repeat(np.arange(len(lists.centers)), np.diff(lists.starts))
+    buffer = np.empty(6000 * len(lists.centers), np.float32)
+    looked_into = neighbors._nearest_lists(lists.rows, lists.centers, 2, own, buffer)
+    assert (looked_into == own[:, None]).any(axis=1).all(), "the parts of a long list have one centre"
 
 
 def test_the_nearest_of_another_group() -> None:
