@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pairtrace.engine.cost import CostRecord, Prices, read_costs
     from pairtrace.engine.diagnosis.config import DiagnoseConfig
     from pairtrace.engine.diagnosis.diagnose import diagnose
+    from pairtrace.engine.discovery.pairs_view import PairsConfig, discover_pairs
     from pairtrace.engine.edit import edit
     from pairtrace.engine.edit_config import EditConfig
     from pairtrace.engine.evaluation.config import EvaluateConfig
@@ -59,6 +60,7 @@ __all__ = [
     "MonitorCallback",
     "MonitorConfig",
     "MonitorRunConfig",
+    "PairsConfig",
     "PlanConfig",
     "Prices",
     "RandomConfig",
@@ -69,6 +71,7 @@ __all__ = [
     "build_behavior",
     "convert",
     "diagnose",
+    "discover_pairs",
     "edit",
     "evaluate",
     "extract",
@@ -105,6 +108,7 @@ _HOMES = {
     "MonitorCallback": "pairtrace.engine.monitoring.callback",
     "MonitorConfig": "pairtrace.engine.monitoring.config",
     "MonitorRunConfig": "pairtrace.engine.monitoring.config",
+    "PairsConfig": "pairtrace.engine.discovery.pairs_view",
     "PlanConfig": "pairtrace.engine.plan",
     "Prices": "pairtrace.engine.cost",
     "RandomConfig": "pairtrace.engine.baselines.simple",
@@ -114,6 +118,7 @@ _HOMES = {
     "build_behavior": "pairtrace.engine.behavior",
     "convert": "pairtrace.engine.convert",
     "diagnose": "pairtrace.engine.diagnosis.diagnose",
+    "discover_pairs": "pairtrace.engine.discovery.pairs_view",
     "edit": "pairtrace.engine.edit",
     "evaluate": "pairtrace.engine.evaluation.evaluate",
     "extract": "pairtrace.engine.extract",

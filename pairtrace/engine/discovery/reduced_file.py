@@ -71,7 +71,10 @@ def write_reduced(path: Path, reduced: Reduced, made_from: Mapping[str, Any]) ->
         "checksums": _checksums(tensors),
     }
     with replacing(path) as temporary:
+        temporary.touch()
+        usual = temporary.stat().st_mode
         save_file(tensors, temporary, {_KEY: json.dumps(content)})
+        temporary.chmod(usual)  # not its owner's alone
 
 
 def read_reduced(path: Path, made_from: Mapping[str, Any]) -> Reduced | None:

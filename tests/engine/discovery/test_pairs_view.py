@@ -154,6 +154,7 @@ def test_damaged_reduced_rows_are_made_again(config: PairsConfig, caplog: pytest
     first = discover_pairs(config)
     path = Path(config.out) / "reduced.safetensors"
     whole = path.read_bytes()
+    assert path.stat().st_mode == (path.parent / "clusters.json").stat().st_mode
     for harmed in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1]), b"nothing"):
         path.write_bytes(harmed)
         caplog.clear()
