@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pairtrace.commands import discovery_show
+from pairtrace.commands import discovery_prompts, discovery_show
 from pairtrace.commands.discovery_options import (
     ApiKeyEnv,
     BaseUrl,
@@ -73,6 +73,7 @@ def _pairs(
     return discovery_show.discovery_answer(found, json)
 
 
+app.add_typer(discovery_prompts.app)
 app.add_typer(discovery_show.app)
 
 

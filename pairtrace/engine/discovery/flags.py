@@ -83,7 +83,7 @@ def verdict_changes(
         ConfigError: `false_discovery_rate` is not between 0 and 1.
     """
     if not 0 < false_discovery_rate < 1:
-        raise ConfigError(f"--fdr is {false_discovery_rate}; expected above 0 and below 1")
+        raise ConfigError(f"--flag-fdr is {false_discovery_rate}; expected above 0 and below 1")
     known = np.isfinite(base) & np.isfinite(tuned)
     members = [np.flatnonzero((labels == number) & known) for number in range(clusters)]
     sizes = np.bincount(labels[labels >= 0], minlength=clusters)

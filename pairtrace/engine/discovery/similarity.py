@@ -20,7 +20,7 @@ from pairtrace.engine.discovery.chunk_tasks import sum_chunks
 from pairtrace.engine.journal import require_same_run
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.errors import ConfigError
-from pairtrace.kernels.cosine import cosine_blocks
+from pairtrace.kernels.cosine import cosine_blocks, prepare_directions
 from pairtrace.store.dask_view import store_identity
 from pairtrace.store.reader import ActivationStore
 
@@ -87,6 +87,7 @@ def similarity_matrix(
         StoreError: a worker cannot open the store, or it is damaged.
         DirectionError: a direction is zero or not finite, or has another width.
     """
+    prepare_directions(directions)  # what no task could use is refused before there is a matrix
     manifest = store.manifest
     expected = {
         "schema_version": SCHEMA_VERSION,
