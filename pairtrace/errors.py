@@ -75,7 +75,12 @@ class StoreMismatchError(StoreError):
         self.field = field
         self.expected = expected
         self.actual = actual
+        self._advice = advice
         super().__init__(f"the store's {field} is {actual!r}, but {expected!r} is needed; {advice}")
+
+    def __reduce__(self) -> tuple[type[StoreMismatchError], tuple[object, ...]]:
+        # An exception is pickled with its message as its only argument.
+        return type(self), (self.field, self.expected, self.actual, self._advice)
 
 
 class StoreSchemaError(StoreError):
@@ -121,5 +126,9 @@ class MissingDependencyError(PairtraceError):
 
     def __init__(self, package: str, extra: str | None, purpose: str) -> None:
         self.package = package
+        self._rest = (extra, purpose)
         command = f"pip install {package}" if extra is None else f"pip install 'pairtrace[{extra}]'"
         super().__init__(f"{purpose} needs the package {package!r}, which is not installed; install it with: {command}")
+
+    def __reduce__(self) -> tuple[type[MissingDependencyError], tuple[object, ...]]:
+        return type(self), (self.package, *self._rest)

@@ -62,6 +62,9 @@ def _extract(
     chat_template: Template = None,
     template_date: TemplateDate = None,
     fsync: Annotated[bool, typer.Option(help="Force each shard to disk before it is marked.")] = True,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Address of a Dask scheduler whose workers compute the shards.")
+    ] = None,
     json: Json = False,
 ) -> Answer:
     """Run a checkpoint over every pair once and keep its mean response activations. Resumes where it stopped."""

@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -140,6 +140,7 @@ class CostMeter:
         self._resumed = resumed
         self._tokens = self._prompt_tokens = self._completion_tokens = 0
         self._flops = 0.0
+        self._workers: dict[str, CostRecord] = {}
         self._earlier: list[CostRecord] = []
         self._ended: CostRecord | None = None
 
@@ -196,11 +197,37 @@ class CostMeter:
             self._interval = min(2 * self._interval, _LONGEST_INTERVAL)
             self._save()
 
+    def add_worker(self, name: str, cost: CostRecord) -> None:
+        """Count what a worker of a cluster has measured with a meter of its own since it was counted last.
+
+        The record then has the workers' devices. What this process does itself counts among CPUs only: it holds none
+        of the workers' other devices.
+        """
+        before = self._workers.get(name)
+        seconds = cost.device_seconds + (before.device_seconds if before is not None else 0.0)
+        self._workers[name] = replace(cost, device_seconds=seconds)
+        self.add(tokens=cost.model_tokens, flops=cost.flops)
+
     @property
     def record(self) -> CostRecord:
         """See the class."""
         if self._ended is not None:
             return self._ended
+        own = self._own_record()
+        if not self._workers:
+            return own
+        parts = list(self._workers.values())
+        if own.device in {part.device for part in parts}:
+            parts.append(own)
+        return replace(
+            own,
+            device="+".join(sorted({part.device for part in parts})),
+            devices=len(self._workers),
+            device_seconds=sum(part.device_seconds for part in parts),
+            peak_memory_bytes=max(part.peak_memory_bytes for part in parts),
+        )
+
+    def _own_record(self) -> CostRecord:
         wall = time.perf_counter() - self._begun
         on_cpu = not self._on_cuda and self._device != API
         return CostRecord(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -47,6 +48,7 @@ class ExtractConfig(DataConfig):
         shard_rows: rows per shard; None picks 64 to 2,048 by the size of the data.
         reuse: other stores to copy known pairs from.
         fsync: force every shard to the disk before it is marked.
+        scheduler: address of a Dask scheduler whose workers compute the shards; None computes them here.
     """
 
     store: str
@@ -59,6 +61,7 @@ class ExtractConfig(DataConfig):
     shard_rows: int | None = None
     reuse: tuple[str, ...] = ()
     fsync: bool = True
+    scheduler: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -94,6 +97,7 @@ class ExtractSummary:
         width: D.
         bytes: size of the stored arrays.
         device: where the model ran.
+        workers: workers of a cluster that took part; 0 for a run without one.
         compute_dtype: dtype of the forward pass.
         data_format: what the data was recognised as.
         already_complete: nothing was left to do.
@@ -117,6 +121,7 @@ class ExtractSummary:
     width: int = 0
     bytes: int = 0
     device: str = ""
+    workers: int = 0
     compute_dtype: str = ""
     data_format: str = ""
     already_complete: bool = False
@@ -142,13 +147,24 @@ def extract(config: ExtractConfig, progress: Progress = NULL_PROGRESS) -> Extrac
         ModelError: the checkpoint or its tokenizer cannot be used.
         StoreMismatchError: the store exists and was made from something else.
         StoreError: the store cannot be written, or another process is writing to it.
+        ConfigError: the cluster at `scheduler` fails, or one of its workers does not see what is seen here.
+        MissingDependencyError: `scheduler` without Dask.
     """
     # An object store has no place beside it.
     path = None if "://" in config.store else costs_path(config.store)
     resumed = path is not None and Path(config.store).exists()
     _refuse_early(config)
-    with CostMeter(method="activation", stage="extract", device=config.device, path=path, resumed=resumed) as meter:
-        return _extract(config, meter, progress)
+    with ExitStack() as stack:
+        client, device = None, config.device
+        if config.scheduler is not None:
+            from pairtrace.engine.dask_cluster import discovery_client
+
+            client, device = stack.enter_context(discovery_client(config.scheduler)), "cpu"
+        meter = CostMeter(method="activation", stage="extract", device=device, path=path, resumed=resumed)
+        with meter:
+            if config.scheduler is not None:
+                meter.extra["scheduler"] = config.scheduler
+            return _extract(config, client, meter, progress)
 
 
 def _refuse_early(config: ExtractConfig) -> None:
@@ -194,9 +210,8 @@ def _model_place(model: str) -> str:
     return str(Path(model).resolve()) if Path(model).is_dir() else str(model)
 
 
-def _extract(config: ExtractConfig, meter: CostMeter, progress: Progress) -> ExtractSummary:
-    from pairtrace.engine.backend import HFBackend
-    from pairtrace.engine.shard_loop import ShardLoop
+def _extract(config: ExtractConfig, client: Any, meter: CostMeter, progress: Progress) -> ExtractSummary:
+    """`client` is that of a Dask cluster, or None to compute here."""
     from pairtrace.store.reader import ActivationStore
     from pairtrace.store.reuse import compatible
     from pairtrace.store.writer import StoreWriter
@@ -212,20 +227,32 @@ def _extract(config: ExtractConfig, meter: CostMeter, progress: Progress) -> Ext
         compatible(other.manifest, manifest)
     with StoreWriter.create_or_resume(config.store, manifest, fsync=config.fsync) as writer:
         missing = writer.missing_shards()
-        loop = ShardLoop(source, renderer, writer, config.store, others, progress)
-        if missing:
-            backend = HFBackend.load(
-                config.model,
-                manifest.layers,
-                device=config.device,
-                dtype=config.compute_dtype,
-                max_length=config.max_length,
-                token_budget=config.token_budget,
-                fingerprint=manifest.model_fingerprint,
-                meter=meter,
-            )
-            loop.run(backend, missing)
-    return _summary(config, manifest, loop.totals, time.perf_counter() - begun)
+        if client is not None:
+            from pairtrace.engine.extract_cluster import ClusterLoop
+
+            cluster = ClusterLoop(client, config, source, renderer, writer, others, meter, progress)
+            if missing:
+                cluster.run(missing)
+            totals = cluster.totals
+        else:
+            from pairtrace.engine.backend import HFBackend
+            from pairtrace.engine.shard_loop import ShardLoop
+
+            loop = ShardLoop(source, renderer, writer, config.store, others, progress)
+            if missing:
+                backend = HFBackend.load(
+                    config.model,
+                    manifest.layers,
+                    device=config.device,
+                    dtype=config.compute_dtype,
+                    max_length=config.max_length,
+                    token_budget=config.token_budget,
+                    fingerprint=manifest.model_fingerprint,
+                    meter=meter,
+                )
+                loop.run(backend, missing)
+            totals = loop.totals
+    return _summary(config, manifest, totals, time.perf_counter() - begun)
 
 
 def build_manifest(config: ExtractConfig, source: PairSource, renderer: Renderer) -> Manifest:
@@ -294,6 +321,7 @@ def _summary(config: ExtractConfig, manifest: Manifest, totals: Totals, seconds:
         layers=manifest.layers,
         width=manifest.width,
         device=totals.device,
+        workers=totals.workers,
         compute_dtype=manifest.compute_dtype,
         data_format=manifest.data_format,
         already_complete=totals.rows == 0,

@@ -17,6 +17,7 @@ from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import Progress
 from pairtrace.engine.rendering import Renderer
 from pairtrace.engine.shards import OWN_STORE, SeenPairs, ShardWork, compute_block, divide, fill_copies
+from pairtrace.store.manifest import Manifest
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.reuse import PairIndex
 from pairtrace.store.rows import RowReader
@@ -41,6 +42,55 @@ class Totals:
     out_of_memory: int = 0
     token_budget: int = 0
     device: str = ""
+    workers: int = 0
+
+    @classmethod
+    def before(cls, writer: StoreWriter) -> Totals:
+        """Of a run that has done nothing yet."""
+        missing = sum(len(shard_span(index, writer.manifest)) for index in writer.missing_shards())
+        return cls(resumed=writer.manifest.rows - missing)
+
+
+def shard_span(index: int, manifest: Manifest) -> range:
+    """Rows of the data set that a shard holds."""
+    start = index * manifest.shard_rows
+    return range(start, min(start + manifest.shard_rows, manifest.rows))
+
+
+def divided_shards(
+    source: PairSource,
+    renderer: Renderer,
+    store: str,
+    manifest: Manifest,
+    others: Sequence[ActivationStore],
+    missing: Sequence[int],
+) -> Iterator[ShardWork]:
+    """The shards `missing` of a store, in order, each rendered and divided into rows to compute and rows to copy.
+
+    Args:
+        source: the data.
+        renderer: turns its pairs into token ids.
+        store: path of the store; the shards that are not missing are read for their pairs.
+        manifest: of the store, which keeps the shard size that it was created with.
+        others: stores to copy known pairs from, already found compatible.
+        missing: numbers of shards, ascending.
+    """
+    known = PairIndex(others) if others else None
+    seen = SeenPairs()
+    todo = set(missing)
+    present = RowReader.open(store)
+    pairs: Iterator[Pair] = iter(())
+    for index in range(max(missing, default=-1) + 1):
+        rows = shard_span(index, manifest)
+        if index not in todo:
+            seen.add_present(present.chunk("pair_id", index), rows.start)
+            continue
+        if index == 0 or index - 1 not in todo:
+            # One pass over each run of missing shards: a text file cannot be entered in the middle for free.
+            pairs = source.read(rows.start, source.rows)
+        results = renderer.render(list(islice(pairs, len(rows))))
+        assert len(results) == len(rows), "every row is rendered or quarantined"
+        yield divide(index, rows.start, results, seen, known)
 
 
 class ShardLoop:
@@ -70,13 +120,7 @@ class ShardLoop:
         self.store = store
         self.others = others
         self.progress = progress
-        # The store keeps the shard size that it was created with.
-        self.shard_rows = writer.manifest.shard_rows
-        self.totals = Totals(resumed=source.rows - sum(len(self._rows(i)) for i in writer.missing_shards()))
-
-    def _rows(self, index: int) -> range:
-        start = index * self.shard_rows
-        return range(start, min(start + self.shard_rows, self.source.rows))
+        self.totals = Totals.before(writer)
 
     def run(self, backend: HFBackend, missing: Sequence[int]) -> None:
         """Compute the shards `missing` with `backend` and write them.
@@ -91,7 +135,7 @@ class ShardLoop:
             totals.tokens += tokens
             self.progress.advance(pairs, tokens=totals.tokens)
 
-        self.progress.start("extract", sum(len(self._rows(index)) for index in missing), "pairs")
+        self.progress.start("extract", sum(len(shard_span(index, manifest)) for index in missing), "pairs")
         begun = time.perf_counter()
         threads = (
             run_thread("reader", rendered, lambda: self._render(missing, rendered)),
@@ -122,22 +166,9 @@ class ShardLoop:
         totals.device = str(backend.device)
 
     def _render(self, missing: Sequence[int], rendered: Channel[ShardWork]) -> None:
-        known = PairIndex(self.others) if self.others else None
-        seen = SeenPairs()
-        todo = set(missing)
-        present = RowReader.open(self.store)
-        pairs: Iterator[Pair] = iter(())
-        for index in range(max(missing) + 1):
-            rows = self._rows(index)
-            if index not in todo:
-                seen.add_present(present.chunk("pair_id", index), rows.start)
-                continue
-            if index == 0 or index - 1 not in todo:
-                # One pass over each run of missing shards: a text file cannot be entered in the middle for free.
-                pairs = self.source.read(rows.start, self.source.rows)
-            results = self.renderer.render(list(islice(pairs, len(rows))))
-            assert len(results) == len(rows), "every row is rendered or quarantined"
-            if not rendered.put(divide(index, rows.start, results, seen, known)):
+        shards = divided_shards(self.source, self.renderer, self.store, self.writer.manifest, self.others, missing)
+        for work in shards:
+            if not rendered.put(work):
                 return
         rendered.close()
 

@@ -5,6 +5,7 @@ Legend: n rows of the shard, L layers, D width.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -140,7 +141,18 @@ def pair_ids(rendered: Sequence[RenderedPair | Quarantined]) -> np.ndarray:
     return ids
 
 
-def compute_block(work: ShardWork, backend: Backend, *, dtype: str, sides: bool, on_pack: OnPack) -> ShardBlock:
+def rendered_digest(rendered: Sequence[RenderedPair | Quarantined]) -> str:
+    """BLAKE2b (hex) of what a shard was rendered to: tokens and sources of every row, reasons of quarantined ones."""
+    digest = hashlib.blake2b(pair_ids(rendered).tobytes(), digest_size=16)
+    for result in rendered:
+        reason = result.reason if isinstance(result, Quarantined) else ""
+        digest.update(f"{result.source}\0{reason}\0".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
+
+
+def compute_block(
+    work: ShardWork, backend: Backend, *, dtype: str, sides: bool, on_pack: OnPack | None = None
+) -> ShardBlock:
     """Run the model over the rows to compute; rows to copy stay empty until `fill_copies`.
 
     For an int8 store the rows are float32: the writer rounds them once the copies are there too, because the scales

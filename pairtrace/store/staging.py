@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from pairtrace.errors import StoreError
 from pairtrace.store.layout import array_specs
 from pairtrace.store.location import PARTIAL, LocalLocation, Location, StorePath, open_location
 from pairtrace.store.manifest import Manifest
@@ -44,11 +45,13 @@ class ShardStager:
     Args:
         path: of the store, which exists.
         manifest: of the store.
+        probe: what the holder of the lock has left in the store. It goes when that run ends or the next one begins.
         fsync: make what is staged durable.
     """
 
-    def __init__(self, path: StorePath, manifest: Manifest, *, fsync: bool = True) -> None:
+    def __init__(self, path: StorePath, manifest: Manifest, probe: str, *, fsync: bool = True) -> None:
         self._location = open_location(path)
+        self._probe = probe
         self._manifest = manifest
         self._specs = array_specs(manifest)
         self._fsync = fsync
@@ -57,8 +60,11 @@ class ShardStager:
         """Write a shard for `StoreWriter.commit`.
 
         Raises:
+            StoreError: nobody waits for the shard any more.
             StoreWriteError: the disk is full, read-only or forbidden.
         """
+        if self._location.size(self._probe) is None:
+            raise StoreError(f"{self._location.name}: the run that shard {block.index} belongs to has ended")
         staged = StagedShard(block.index, uuid4().hex[:16])
         values = checked_values(block, self._manifest, self._specs)
         start, stop = self._specs["status"].span(block.index)

@@ -23,11 +23,15 @@ class RunningCluster:
 
 
 @contextmanager
-def running_cluster(root: Path, *, workers: int = 2) -> Iterator[RunningCluster]:
-    """One thread per worker and no nanny, so that a killed worker stays dead; all are killed at the end."""
+def running_cluster(root: Path, *, workers: int = 2, first: tuple[str, ...] = ()) -> Iterator[RunningCluster]:
+    """One thread per worker and no nanny, so that a killed worker stays dead; all are killed at the end.
+
+    `first` are further options of the first worker.
+    """
     file = str(root / "scheduler.json")
     worker = ["worker", "--scheduler-file", file, "--no-nanny", "--nthreads", "1", "--no-dashboard"]
-    commands = [["scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", file], *[worker] * workers]
+    scheduler = ["scheduler", "--port", "0", "--no-dashboard", "--scheduler-file", file]
+    commands = [scheduler, [*worker, *first], *[worker] * (workers - 1)]
     running = [
         subprocess.Popen([sys.executable, "-m", "dask", *command], stderr=subprocess.DEVNULL, cwd=root)
         for command in commands

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pairtrace.errors import StoreWriteError
+from pairtrace.errors import StoreError, StoreWriteError
 from pairtrace.store import writer as writer_module
 from pairtrace.store.location import PARTIAL, open_location
 from pairtrace.store.reader import ActivationStore
@@ -23,10 +23,11 @@ def partial_files(root: Path) -> list[str]:
 
 
 def commit_all(path: Path | str, manifest: Any, *, fsync: bool = False) -> None:
-    stager = ShardStager(path, manifest, fsync=fsync)
     with StoreWriter.create_or_resume(path, manifest, fsync=fsync) as writer:
+        stager = ShardStager(path, manifest, leave_probe(path), fsync=fsync)
         for shard in writer.missing_shards():
             writer.commit(stager.stage(make_block(manifest, shard)))
+        writer.discard_staged()
 
 
 @pytest.mark.parametrize("changes", [{}, {"sides": True, "codec": "zstd:3"}, {"dtype": "int8"}], ids=str)
@@ -40,25 +41,26 @@ def test_a_committed_store_has_the_bytes_of_a_written_one(tmp_path: Path, change
 
 def test_what_is_staged_is_not_there_until_it_is_committed(tmp_path: Path) -> None:
     manifest = make_manifest()
-    stager = ShardStager(tmp_path, manifest, fsync=False)
     with StoreWriter.create_or_resume(tmp_path, manifest, fsync=False) as writer:
+        stager = ShardStager(tmp_path, manifest, leave_probe(tmp_path), fsync=False)
         staged = stager.stage(make_block(manifest, 1))
         assert writer.missing_shards() == [0, 1, 2]
         assert all(name.endswith(PARTIAL) for name in (path.name for path in tmp_path.glob("diff/2/c/1/*")))
         writer.commit(staged)
         assert writer.missing_shards() == [0, 2]
-    assert not partial_files(tmp_path)
+    assert len(partial_files(tmp_path)) == 1, "the probe"
 
 
 def test_of_two_attempts_one_is_committed_whole(tmp_path: Path) -> None:
     """Two workers at the same shard, each sure of its own: nothing of the other's gets in, before or after."""
     manifest = make_manifest(sides=True)
     write_store(tmp_path / "two", manifest, [0], seed=1)
-    stager, root = ShardStager(tmp_path / "both", manifest, fsync=False), tmp_path / "both"
+    root = tmp_path / "both"
     with StoreWriter.create_or_resume(root, manifest, fsync=False) as writer:
+        stager = ShardStager(root, manifest, leave_probe(root), fsync=False)
         attempts = [stager.stage(make_block(manifest, 0, seed)) for seed in (0, 1)]
         writer.commit(attempts[1])
-        assert len(partial_files(root)) == 13
+        assert len(partial_files(root)) == 13 + 1
         late = stager.stage(make_block(manifest, 0))
         writer.discard_staged()
         assert tree_bytes(root) == tree_bytes(tmp_path / "two")
@@ -70,10 +72,11 @@ def test_of_two_attempts_one_is_committed_whole(tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_run_do_not_survive_the_next_writer(tmp_path: Path) -> None:
     manifest = make_manifest()
     StoreWriter.create_or_resume(tmp_path, manifest, fsync=False).close()
-    stager = ShardStager(tmp_path, manifest, fsync=False)
+    stager = ShardStager(tmp_path, manifest, leave_probe(tmp_path), fsync=False)
     stager.stage(make_block(manifest, 2, seed=7))
-    leave_probe(tmp_path)
     write_store(tmp_path, manifest)
+    with pytest.raises(StoreError, match="the run that shard 1 belongs to has ended"):
+        stager.stage(make_block(manifest, 1, seed=7))
     assert not partial_files(tmp_path)
     assert verify(tmp_path).ok
 
@@ -92,7 +95,7 @@ def commit_with_crashes(root: Path, reference: dict[str, bytes]) -> None:
     for step in range(1, 20):
         path = root / str(step)
         writer = StoreWriter.create_or_resume(path, manifest, fsync=False)
-        staged = ShardStager(path, manifest, fsync=False).stage(make_block(manifest, 0))
+        staged = ShardStager(path, manifest, leave_probe(path), fsync=False).stage(make_block(manifest, 0))
         with pytest.MonkeyPatch.context() as patch:
             crash_on_nth(patch, Path, "replace", step)
             try:
@@ -132,8 +135,9 @@ def test_the_crash_test_notices_a_mark_that_comes_first(tmp_path: Path, monkeypa
 def test_arrays_are_durable_before_the_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = make_manifest()
     with StoreWriter.create_or_resume(tmp_path, manifest) as writer:
+        stager = ShardStager(tmp_path, manifest, leave_probe(tmp_path))
         events = record_durability(monkeypatch)
-        staged = ShardStager(tmp_path, manifest).stage(make_block(manifest, 0))
+        staged = stager.stage(make_block(manifest, 0))
         writer.commit(staged)
     places = [place for kind, place in events if kind == "rename" and not place.endswith(PARTIAL)]
     assert places[-1].endswith("status/c/0") and len(places) == 9
@@ -160,8 +164,8 @@ def test_a_damaged_shard_loses_its_mark_before_it_is_made_again(tmp_path: Path) 
 
 def test_an_object_store_gets_its_mark_last_as_well(tmp_path: Path) -> None:
     address, manifest = f"memory://{tmp_path.name}/staged.zarr", make_manifest(sides=True)
-    stager = ShardStager(address, manifest)
     with StoreWriter.create_or_resume(address, manifest) as writer:
+        stager = ShardStager(address, manifest, leave_probe(address))
         staged = stager.stage(make_block(manifest, 0))
         assert writer.missing_shards() == [0, 1, 2]
         writer.commit(staged)
@@ -170,7 +174,6 @@ def test_an_object_store_gets_its_mark_last_as_well(tmp_path: Path) -> None:
         writer.commit(stager.stage(make_block(manifest, 0)))
         assert writer.missing_shards() == [1, 2]
         stager.stage(make_block(manifest, 1))
-        leave_probe(address)
         writer.discard_staged()
         assert not [key for key in open_location(address).list_keys() if key.endswith(PARTIAL)]
     commit_all(address, manifest)
