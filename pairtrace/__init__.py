@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pairtrace.engine.diagnosis.config import DiagnoseConfig
     from pairtrace.engine.diagnosis.diagnose import diagnose
     from pairtrace.engine.discovery.pairs_view import PairsConfig, discover_pairs
+    from pairtrace.engine.discovery.prompts_config import PromptsConfig
+    from pairtrace.engine.discovery.prompts_view import discover_prompts
     from pairtrace.engine.edit import edit
     from pairtrace.engine.edit_config import EditConfig
     from pairtrace.engine.evaluation.config import EvaluateConfig
@@ -63,6 +65,7 @@ __all__ = [
     "PairsConfig",
     "PlanConfig",
     "Prices",
+    "PromptsConfig",
     "RandomConfig",
     "ScoreConfig",
     "SelectionRule",
@@ -72,6 +75,7 @@ __all__ = [
     "convert",
     "diagnose",
     "discover_pairs",
+    "discover_prompts",
     "edit",
     "evaluate",
     "extract",
@@ -111,6 +115,7 @@ _HOMES = {
     "PairsConfig": "pairtrace.engine.discovery.pairs_view",
     "PlanConfig": "pairtrace.engine.plan",
     "Prices": "pairtrace.engine.cost",
+    "PromptsConfig": "pairtrace.engine.discovery.prompts_config",
     "RandomConfig": "pairtrace.engine.baselines.simple",
     "ScoreConfig": "pairtrace.engine.score",
     "SelectionRule": "pairtrace.engine.selection",
@@ -119,6 +124,7 @@ _HOMES = {
     "convert": "pairtrace.engine.convert",
     "diagnose": "pairtrace.engine.diagnosis.diagnose",
     "discover_pairs": "pairtrace.engine.discovery.pairs_view",
+    "discover_prompts": "pairtrace.engine.discovery.prompts_view",
     "edit": "pairtrace.engine.edit",
     "evaluate": "pairtrace.engine.evaluation.evaluate",
     "extract": "pairtrace.engine.extract",
