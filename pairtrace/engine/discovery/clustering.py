@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 # Up to this many points "auto" takes the exact method: seconds, and a matrix of distances of half a gigabyte.
 EXACT_UP_TO = 5_000
-# More neighbours make the density smoother and the graph larger, but find no other clusters.
+# The least size of a cluster may be thousands of rows, and a graph holds at least `min_samples` neighbours of each row.
 _MOST_SAMPLES = 16
 _FEWEST_NEIGHBORS = 32
 # Rows whose neighbours are looked up exactly, to tell how good the graph is.
@@ -181,8 +181,6 @@ def _exact(points: np.ndarray, config: ClusterConfig, progress: Progress) -> tup
             # Both are exact. A matrix of distances is many times faster while it fits.
             algorithm="generic" if few else "prims_kdtree",
             metric="euclidean",
-            approx_min_span_tree=False,
-            core_dist_n_jobs=1,
         ).fit(points.astype(np.float64))
     tree = fitted.single_linkage_tree_.to_numpy()
     linkage = Linkage(
@@ -234,7 +232,7 @@ def _on_graph(points: np.ndarray, config: ClusterConfig, progress: Progress) -> 
 
 
 def _by_size(labels: np.ndarray, clusters: int) -> tuple[np.ndarray, np.ndarray]:
-    """The clusters from the largest to the smallest, ties by first member, and the place of each in that order; the last is noise's."""
+    """The clusters, largest first, ties by first member; and the place of each in that order, the last is noise's."""
     sizes = np.bincount(labels[labels >= 0], minlength=clusters)
     names, firsts = np.unique(labels, return_index=True)
     order = np.lexsort((firsts[names >= 0], -sizes))
