@@ -21,7 +21,7 @@ from pairtrace.engine.discovery.exemplars import Datapoint, Exemplar, pair_texts
 from pairtrace.engine.discovery.naming import NAMES_FILE, Names, NamingConfig, propose_names
 from pairtrace.engine.discovery.product import DescribedCluster, View, direction_name
 from pairtrace.engine.discovery.stability import Recluster, Stability, StabilityConfig, measure_stability
-from pairtrace.engine.discovery.store_passes import ClosestRows, closest_rows, mean_directions
+from pairtrace.engine.discovery.store_passes import CANCELLED, ClosestRows, closest_rows, mean_directions
 from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.errors import ConfigError, DataError, MissingDependencyError
@@ -92,7 +92,7 @@ class Description:
         clusters: C clusters.
         cosines: float32 [n], with the mean direction of the item's own cluster; NaN for noise.
         directions: float32 [C, D]; zero for a cluster without one.
-        details: plain JSON values: tests made, columns left out, whose texts are missing and why, stability runs.
+        details: plain JSON values: whether the texts were there, tests made, columns left out and why, stability runs.
     """
 
     clusters: tuple[DescribedCluster, ...]
@@ -151,7 +151,7 @@ def describe(
     k = max(config.top_datapoints, tested_rows)
     closest = closest_rows(store, layer, directions, k, by_row, client=client, progress=progress)
     cosines = closest.own[items.items] if items.vectors is None else _own_cosines(items.vectors, directions, labels)
-    columns, left_out = store_columns(store, source, config.metadata)
+    columns, left_out = store_columns(store, source, config.metadata) if count else ([], {})
     enriched, tests = enrichments(
         [*_counts(items, labels, count, columns), *_datapoint_counts(store, closest.rows[:, :tested_rows], columns)],
         count,
@@ -215,9 +215,14 @@ def _open_data(store: ActivationStore, data: str | None) -> PairSource | None:
 
 
 def _mean_vectors(vectors: np.ndarray, members: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean of the members' vectors, float32 [C, D]."""
-    means = [vectors[positions].mean(axis=0, dtype=np.float64) for positions in members]
-    return np.array(means, np.float32).reshape(len(members), vectors.shape[1])
+    """Mean of the members' vectors, float32 [C, D]; zero where they cancel but for rounding."""
+    means = np.zeros((len(members), vectors.shape[1]), np.float32)
+    for number, positions in enumerate(members):
+        own = vectors[positions].astype(np.float64)
+        mean = own.mean(axis=0)
+        if np.linalg.norm(mean) > CANCELLED * np.linalg.norm(own, axis=1).mean():
+            means[number] = mean
+    return means
 
 
 def _own_cosines(vectors: np.ndarray, directions: np.ndarray, labels: np.ndarray) -> np.ndarray:

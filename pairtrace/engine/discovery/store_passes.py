@@ -26,6 +26,8 @@ from pairtrace.store.rows import RowReader
 # Sums are added up in groups of so many shards, whoever does it: so that they come out the same, and travel seldom.
 _SHARDS_PER_TASK = 4
 _TASKS_PER_THREAD = 2
+# A mean that is shorter, against the mean length, is what rounding has left over of vectors that cancel.
+CANCELLED = 1e-6
 # Rows that are made float32 at a time.
 _BLOCK_ROWS = 2048
 
@@ -65,7 +67,7 @@ def mean_directions(
         progress: counts pairs.
 
     Returns:
-        float32 [C, D].
+        float32 [C, D]; zero for a cluster whose rows cancel.
 
     Raises:
         StoreError, StoreDamagedError: the store cannot be read.
@@ -80,7 +82,9 @@ def mean_directions(
         progress.advance(rows)
     progress.finish()
     counts = np.bincount(labels[labels >= 0], minlength=clusters)
-    return (sums / np.maximum(counts, 1)[:, None]).astype(np.float32)
+    means = sums / np.maximum(counts, 1)[:, None]
+    means[np.linalg.norm(means, axis=1) <= CANCELLED] = 0
+    return means.astype(np.float32)
 
 
 def closest_rows(

@@ -23,9 +23,11 @@ from pairtrace.engine.discovery.description import (
     store_inputs,
 )
 from pairtrace.engine.discovery.exemplars import TEXT_CHARACTERS, plain_text
+from pairtrace.engine.discovery.naming import NamingConfig
 from pairtrace.engine.discovery.stability import StabilityConfig
 from pairtrace.errors import ConfigError, DataError, DataMismatchError
 from pairtrace.store.reader import ActivationStore
+from tests.engine.baselines.judge_server import Question, Reply, judge_server
 from tests.engine.small_store import SmallStore, make_store, reference_cosine
 
 LAYER = 5
@@ -129,6 +131,25 @@ def test_any_division_into_tasks_gives_the_same_bits(
     assert here.clusters == there.clusters
 
 
+def test_finished_rows_of_an_incomplete_store(tmp_path: Path) -> None:
+    made = make_store(tmp_path, skip_shards=(1,))
+    rows = np.setdiff1d(ROWS, np.arange(64, 128))
+    labels = rows % 2
+    found = describe(
+        ClusteredItems(view="pairs", items=rows),
+        clustering_of(labels),
+        None,
+        ActivationStore.open(made.path, allow_incomplete=True),
+        LAYER,
+        DescriptionConfig(top_datapoints=300),
+        out=tmp_path,
+    )
+    members = made.rows[LAYER][rows[labels == 1]].astype(np.float64)
+    direction = (members / np.linalg.norm(members, axis=1, keepdims=True)).mean(axis=0)
+    np.testing.assert_allclose(found.directions[1], direction, atol=1e-6)
+    assert sorted(one.row for one in found.clusters[1].top_datapoints) == rows.tolist()
+
+
 def test_stability_is_that_of_the_reclustering(half: SmallStore, tmp_path: Path) -> None:
     clustering = some_clusters()
     found = describe_pairs(
@@ -141,6 +162,21 @@ def test_stability_is_that_of_the_reclustering(half: SmallStore, tmp_path: Path)
     grades = [cluster.stability.grade if cluster.stability else None for cluster in found.clusters]
     assert grades == ["unstable", "highly stable", "unstable"]
     assert (found.details["stability_runs"], found.details["stability_items"]) == (3, 297)
+
+
+def test_names_come_from_the_judge(half: SmallStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def answer(question: Question) -> Reply:
+        examples = json.loads(question.body["messages"][1]["content"])["examples"]
+        return Reply(json.dumps({"name": " and ".join(one["prompt"] for one in examples[:2])}))
+
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with judge_server(answer) as server:
+        naming = NamingConfig(base_url=server.url, model="m")
+        found = describe_pairs(half, some_clusters(), tmp_path / "out", naming=naming)
+    for cluster in found.clusters:
+        assert cluster.name == " and ".join(one.texts["prompt"] for one in cluster.exemplars[:2])
+    assert (tmp_path / "out" / "names.judge.jsonl").exists()
+    assert found.details["naming"]["asked"] == 3
 
 
 def test_noise_only(half: SmallStore, tmp_path: Path) -> None:
@@ -204,8 +240,9 @@ def test_prompts(half: SmallStore, tmp_path: Path) -> None:
 
 
 def test_a_cluster_whose_vectors_cancel_has_no_direction(half: SmallStore, tmp_path: Path) -> None:
-    vectors = np.ones((8, 24), np.float32)
-    vectors[1:4:2] = -1
+    vectors = np.random.default_rng(0).normal(size=(8, 24)).astype(np.float32)
+    vectors[1] = vectors[2] = -vectors[0] / 3  # and rounding
+    vectors[3] = vectors[1]
     found = prompts(half, tmp_path, vectors, np.repeat([0, 1], 4))
     first, second = found.clusters
     assert (first.direction, first.cosine_median, first.top_datapoints) == (None, None, ())
