@@ -27,7 +27,7 @@ class MonitorSummary:
         steps: that the log has.
         looked_at: steps that were asked just now.
         items: prompts under their conditions.
-        clusters: shares at the last step: name, kind, answers, share, with M0 at most.
+        clusters: shares at the last step: name, kind, flagged, answers, share, and the upper end of M0's interval.
         alerts: of all steps: step, severity, cluster, text.
         stopped: the watch ended at an alert.
     """
@@ -88,5 +88,5 @@ def _row(line: dict[str, Any]) -> dict[str, Any]:
         **{name: line[name] for name in ("name", "kind", "flagged")},
         "answers": line["now"]["count"],
         "share": line["now"]["share"],
-        "with M0 at most": line["start"]["interval"][1],
+        "m0_at_most": line["start"]["interval"][1],
     }

@@ -154,8 +154,7 @@ class Watch:
         for one in raised:
             self.raised.setdefault(one.cluster, set()).add(one.severity)
         rest = (assign(now.units, self.clusters) < 0) & now.units.any(axis=-1)
-        null_rest = (assign(self.null.units, self.clusters) < 0) & self.null.units.any(axis=-1)
-        found = self._candidates(step, now.units[rest], self.null.units[null_rest])
+        found = self._candidates(step, now, rest)
         tried = self._lines([*self.clusters, *found], now)[len(self.clusters) :]
         self.candidates = [one for one, line in zip(found, tried, strict=True) if line.grown]
         return Seen(
@@ -212,24 +211,36 @@ class Watch:
             return None
         return Alert(severity=severity, cluster=line.name, text=_text(line))
 
-    def _candidates(self, step: int, changed: np.ndarray, null: np.ndarray) -> list[WatchedCluster]:
-        """Clusters among answers that belong to no watched one; M0's further answers are the background."""
+    def _candidates(self, step: int, now: Changes, rest: np.ndarray) -> list[WatchedCluster]:
+        """What could be clusters among the answers that belong to no watched one.
+
+        Those whose verdict turned true are one: a behaviour may be too thin or too wide for the clustering to see. The
+        others come from the clustering, with M0's further answers as the background that they must stand out of.
+
+        Args:
+            step: for their names.
+            now: the answers.
+            rest: bool [P], those that are looked at.
+        """
         config = self.config
-        size = config.min_cluster_size or max(5, round(0.02 * self.null.units.shape[1]))
+        size = config.min_cluster_size or max(5, round(0.02 * len(rest)))
+        changed = now.units[rest]
         if len(changed) < size:
             return []
-        points = _reduced(np.concatenate([changed, null]), config.seed)
+        groups = [] if now.flips is None else [now.units[rest & (now.flips > 0)]]
+        null = (assign(self.null.units, self.clusters) < 0) & self.null.units.any(axis=-1)
+        points = _reduced(np.concatenate([changed, self.null.units[null]]), config.seed)
         labels = cluster(points, ClusterConfig(min_cluster_size=size, seed=config.seed)).labels[: len(changed)]
-        found = []
-        for number in range(int(labels.max()) + 1):
-            members = changed[labels == number]
-            if len(members) >= size:
-                one = WatchedCluster.around(members, name=f"candidate-{step}-{len(found) + 1}")
-                found += [] if one is None else [one]
-        if not found:
+        groups += [changed[labels == number] for number in range(int(labels.max()) + 1)]
+        if labels.max() < 0:
             # One group as a whole is no cluster to the clustering, for it stands out of nothing.
-            whole = WatchedCluster.around(changed, name=f"candidate-{step}-1")
-            found += [] if whole is None else [whole]
+            groups.append(changed)
+        found: list[WatchedCluster] = []
+        for members in groups:
+            one = None if len(members) < size else WatchedCluster.around(members, name=f"candidate-{step}-{len(found)}")
+            # Two candidates for one thing would share its answers, and neither might seem to have grown.
+            if one is not None and assign(one.direction, found) < 0:
+                found.append(one)
         return found
 
 
