@@ -119,4 +119,4 @@ def exact_mcnemar(risen: int, fallen: int) -> float:
     for count in range(min(risen, fallen)):
         ways = ways * (tosses - count) // (count + 1)
         tail += ways
-    return min(1.0, 2 * tail / 2**tosses)
+    return min(1.0, 2 * tail / (1 << tosses))

@@ -197,7 +197,7 @@ def bag_vectors(
             read[position] += 1
     states = tuple(
         _state(item, vector, count, found)
-        for item, vector, count, found in zip(items, sums, read, reasons, strict=True)
+        for item, vector, count, found in zip(items, sums, read.tolist(), reasons, strict=True)
     )
     unread = np.array([state not in (CHANGED, UNCHANGED) for state in states], bool)
     sums[unread] = np.nan
@@ -230,7 +230,8 @@ def couple(tuned: Sequence[str], base: Sequence[str]) -> Iterator[tuple[int, int
         left[text][1] -= common
         right[text][1] -= common
     sources, targets = iter(left.values()), iter(right.values())
-    first, second = [0, 0], [0, 0]
+    first: list[int] | None = [0, 0]
+    second: list[int] | None = [0, 0]
     while True:
         while first is not None and first[1] == 0:
             first = next(sources, None)

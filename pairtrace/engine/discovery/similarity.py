@@ -70,7 +70,8 @@ def similarity_matrix(
     """Write the cosines of all items with all pairs, or those that an interrupted run has left to do.
 
     The cosines are rounded to float16 (an error of at most 2.5e-4); the Gram matrix is that of the rounded cosines, so
-    that it has the same bits whichever run wrote them.
+    that it has the same bits whichever run wrote them. It is P x P float64 (200 MB for 5,000 items) in every task at
+    work, and travels between workers, which add it up.
 
     Args:
         path: of the Zarr group, which every worker must see.
@@ -110,7 +111,7 @@ def _prepare(path: Path, expected: dict[str, Any], shard_rows: int) -> None:
     import zarr
 
     try:
-        group = zarr.open_group(path, mode="a")
+        group: Any = zarr.open_group(path, mode="a")
         if _ATTRIBUTE in group.attrs:
             require_same_run(expected, group.attrs[_ATTRIBUTE], path)
             return
@@ -141,7 +142,7 @@ def _columns(rows: np.ndarray, given: _Work, block_id: tuple[int, int]) -> tuple
     import zarr
 
     with one_thread():
-        group = zarr.open_group(given.path, mode="r+")
+        group: Any = zarr.open_group(given.path, mode="r+")
         matrix, marks = group[COSINE], group[MARKS]
         shard = block_id[0]
         span = slice(shard * given.shard_rows, shard * given.shard_rows + len(rows))
