@@ -17,8 +17,10 @@ import numpy as np
 
 from pairtrace.errors import ConfigError
 
-# Lists that a query looks into, and rows of a list on average.
-PROBES = 32
+# Lists that a query looks into, and rows of a list on average. Of a million planted rows (r = 50, k = 32), members of
+# clusters found 99 % of their neighbours in 32 lists and all in 64; rows that point anywhere found 54 % and 66 %, and
+# their 10th neighbour 1 % too far away.
+PROBES = 64
 LIST_ROWS = 512
 # Longer lists are cut: crowded places must not make the products quadratic.
 _LONGEST_LIST = 4 * LIST_ROWS

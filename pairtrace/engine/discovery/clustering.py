@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 EXACT_UP_TO = 5_000
 # The least size of a cluster may be thousands of rows, and a graph holds at least `min_samples` neighbours of each row.
 _MOST_SAMPLES = 16
+# On two preference sets of 4,000 pairs 32 neighbours gave the clusters of the exact run (adjusted Rand index of 0.999
+# over all pairs, with 5 and with 15 samples); with 15 neighbours it was 0.83 to 1.00.
 _FEWEST_NEIGHBORS = 32
 # Rows whose neighbours are looked up exactly, to tell how good the graph is.
 _RECALL_ROWS = 1_000
