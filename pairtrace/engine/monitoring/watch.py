@@ -251,7 +251,7 @@ def _reduced(units: np.ndarray, seed: int) -> np.ndarray:
     width = min(_REDUCED, *units.shape)
     if width == units.shape[1]:
         return units
-    left, singular, _ = randomized_svd(units, width, random_state=seed)
+    left, singular, _ = randomized_svd(units, width, n_iter=2, random_state=seed)
     rows = (left * singular).astype(np.float32)
     reduced: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float32).tiny)
     return reduced
