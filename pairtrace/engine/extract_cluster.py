@@ -11,15 +11,16 @@ Start a cluster by hand like this, one worker per GPU, all of which see the same
     CUDA_VISIBLE_DEVICES=1 dask worker tcp://HOST:8786 --nthreads 1 --resources "GPU=1"
     pairtrace extract prefs.parquet --model ./sft --layers 20 --store acts.zarr --scheduler tcp://HOST:8786
 
+On CPUs start one worker per core: below its nanny a worker computes with one thread. Rows have the bits of a run
+without a cluster on the same kind of device and with the same number of threads.
+
 A killed worker costs its shards in hand, which another one computes again. When the client or the scheduler is lost,
 the workers end what they are at, nothing of it reaches the store, and the same command goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,23 +33,16 @@ import numpy as np
 
 from pairtrace.engine.cost import CostMeter
 from pairtrace.engine.dask_cluster import cluster_failures
-from pairtrace.engine.extract_worker import (
-    ClusterRun,
-    Joined,
-    ShardReport,
-    ShardTask,
-    extract_shard,
-    join_run,
-    leave_run,
-)
+from pairtrace.engine.extract_crew import Crew, muster
+from pairtrace.engine.extract_messages import ClusterRun, ShardReport, ShardTask
+from pairtrace.engine.extract_worker import extract_shard, leave_run
 from pairtrace.engine.progress import Progress
 from pairtrace.engine.shard_loop import Totals, divided_shards
 from pairtrace.engine.shards import OWN_STORE, ShardWork, rendered_digest
-from pairtrace.engine.versions import library_versions
-from pairtrace.errors import ConfigError, PairtraceError
+from pairtrace.errors import ConfigError
 from pairtrace.store.dask_view import store_identity
 from pairtrace.store.reader import ActivationStore
-from pairtrace.store.staging import leave_probe, sees_probe
+from pairtrace.store.staging import leave_probe
 from pairtrace.store.writer import StoreWriter
 from pairtrace.version import __version__
 
@@ -57,39 +51,11 @@ if TYPE_CHECKING:
     from pairtrace.engine.pairs import PairSource
     from pairtrace.engine.rendering import Renderer
 
-logger = logging.getLogger(__name__)
-
-GPU = "GPU"
 # Shards under way for each that the cluster computes at a time: a worker has its next one at hand.
 _SHARDS_PER_SLOT = 2
 # Seconds after which to look whether there still are workers, and for how long there may be none.
 _LOOK_SECONDS = 5.0
 WORKERLESS_SECONDS = 120.0
-
-
-@dataclass(frozen=True)
-class Crew:
-    """The workers that take part.
-
-    Attributes:
-        slots: by address, how many shards a worker computes or prepares at a time.
-        resources: what a shard needs of its worker, as Dask takes it.
-    """
-
-    slots: dict[str, int]
-    resources: dict[str, float]
-
-    @classmethod
-    def of(cls, workers: dict[str, dict[str, Any]], device: str) -> Crew:
-        """The crew for a device ("auto", "cpu", "cuda", ...) among all workers of a scheduler, as Dask describes them.
-
-        Where workers declare the resource GPU, those without one stay out, unless the device is the CPU.
-        """
-        gpus = {address: int(worker.get("resources", {}).get(GPU, 0)) for address, worker in workers.items()}
-        if device == "cpu" or not any(gpus.values()):
-            return cls({address: int(worker["nthreads"]) for address, worker in workers.items()}, {})
-        slots = {address: min(count, int(workers[address]["nthreads"])) for address, count in gpus.items() if count}
-        return cls(slots, {GPU: 1})
 
 
 class ClusterLoop:
@@ -151,14 +117,14 @@ class ClusterLoop:
             probe=leave_probe(self.config.store),
         )
         begun = time.perf_counter()
-        with cluster_failures(self._address):
-            try:
-                self._check_crew(run)
-                self.progress.start("extract", len(missing), "shards")
-                self._run(run, missing)
-            finally:
-                self.progress.finish()
-                self._dismiss(run)
+        try:
+            with cluster_failures(self._address):
+                muster(self.client, self._crew(), run, self._address)
+            self.progress.start("extract", len(missing), "shards")
+            self._run(run, missing)
+        finally:
+            self.progress.finish()
+            self._dismiss(run)
         self.writer.discard_staged()
         self.totals.seconds = time.perf_counter() - begun
         self.totals.device = ", ".join(sorted(self._devices))
@@ -170,34 +136,6 @@ class ClusterLoop:
         described = self.client.sync(self.client.scheduler.identity, n_workers=-1)
         return Crew.of(described["workers"], self.config.device)
 
-    def _check_crew(self, run: ClusterRun) -> None:
-        """Have every worker compare what it sees before any work."""
-        crew = self._crew()
-        everybody = len(self.client.nthreads())
-        if crew.resources:
-            logger.info("%d of %d workers declare the resource GPU: they take the shards", len(crew.slots), everybody)
-        elif self.config.device != "cpu":
-            logger.info(
-                "none of the %d workers declares the resource GPU: all of them take shards; where they have GPUs, "
-                'start one per GPU: CUDA_VISIBLE_DEVICES=0 dask worker %s --nthreads 1 --resources "GPU=1"',
-                everybody,
-                self._address,
-            )
-        found = self.client.run(join_run, run, workers=list(crew.slots), on_error="return")
-        for worker, answer in found.items():
-            if isinstance(answer, PairtraceError):
-                raise answer
-            if isinstance(answer, Exception):
-                raise ConfigError(
-                    f"the Dask worker at {worker} cannot take part: {answer!r}; run the same command again"
-                ) from answer
-            if not sees_probe(self.config.store, answer.probe):
-                raise ConfigError(
-                    f"what the Dask worker at {worker} on {answer.host} writes to {self.config.store} does not arrive "
-                    "here; every worker has to see the same place"
-                )
-        _warn_of_differences(found)
-
     def _run(self, run: ClusterRun, missing: Sequence[int]) -> None:
         manifest = self.writer.manifest
         shards = divided_shards(self.source, self.renderer, self.config.store, manifest, self.others, missing)
@@ -205,20 +143,23 @@ class ClusterLoop:
         waiting: list[_Waiting] = []
         flying: dict[Any, int] = {}
         while unfinished:
-            crew = self._crew()
+            with cluster_failures(self._address):
+                crew = self._crew()
             free = _SHARDS_PER_SLOT * max(1, sum(crew.slots.values())) - len(flying) - len(waiting)
             waiting += [_waiting(work, manifest.shard_rows) for work in islice(shards, max(0, free))]
-            for shard in [shard for shard in waiting if unfinished.isdisjoint(shard.needs)]:
-                waiting.remove(shard)
-                key = f"pairtrace-shard-{shard.task.index}-{run.id}"
-                future = self.client.submit(
-                    extract_shard, run, shard.task, key=key, pure=False, resources=crew.resources or None
-                )
-                flying[future] = shard.task.index
-            assert flying, "a shard needs earlier ones only"
-            future = self._next_finished(flying)
-            self._commit(future.result())
+            ready = [shard for shard in waiting if unfinished.isdisjoint(shard.needs)]
+            waiting = [shard for shard in waiting if shard not in ready]
+            with cluster_failures(self._address):
+                flying |= {self._submit(run, shard.task, crew): shard.task.index for shard in ready}
+                assert flying, "a shard needs earlier ones only"
+                future = self._next_finished(flying)
+                report = future.result()
+            self._commit(report)
             unfinished.remove(flying.pop(future))
+
+    def _submit(self, run: ClusterRun, task: ShardTask, crew: Crew) -> Any:
+        key = f"pairtrace-shard-{task.index}-{run.id}"
+        return self.client.submit(extract_shard, run, task, key=key, pure=False, resources=crew.resources or None)
 
     def _next_finished(self, flying: Collection[Any]) -> Any:
         """A future that is pending no more."""
@@ -268,7 +209,7 @@ class ClusterLoop:
                 self.client.run(leave_run, run.id, wait=False, on_error="ignore")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Waiting:
     """A shard to be submitted when the shards that it copies from are there."""
 
@@ -304,30 +245,3 @@ def with_absolute_paths(config: ExtractConfig) -> ExtractConfig:
 def _absolute(place: str) -> str:
     path = Path(place).expanduser()
     return str(path.absolute()) if path.exists() else str(place)
-
-
-def _warn_of_differences(found: dict[str, Joined]) -> None:
-    """Say what does not stop a run but may surprise."""
-    kinds = Counter(joined.device.partition(":")[0] for joined in found.values())
-    if len(kinds) > 1:
-        counts = " and ".join(f"{count} on {kind}" for kind, count in sorted(kinds.items()))
-        logger.warning("the workers run on different devices (%s): rows differ in their last bits between them", counts)
-    here = library_versions()
-    for worker, joined in found.items():
-        other = {name: version for name, version in joined.versions.items() if version != here.get(name)}
-        if other:
-            logger.warning(
-                "the Dask worker at %s has %s where this machine has %s: rows may differ in their last bits",
-                worker,
-                ", ".join(f"{name} {version}" for name, version in other.items()),
-                ", ".join(f"{name} {here.get(name)}" for name in other),
-            )
-    shared = Counter(joined.gpu for joined in found.values() if joined.gpu is not None)
-    for gpu, count in shared.items():
-        if count > 1:
-            logger.warning(
-                "%d workers use the same GPU (%s), each with a model of its own; start each with its own "
-                "CUDA_VISIBLE_DEVICES",
-                count,
-                gpu,
-            )

@@ -77,7 +77,7 @@ def refuse_foreign_directory(location: LocalLocation) -> None:
 
 def has_rows(location: LocalLocation) -> bool:
     """Whether the mark of a shard is there; `discard_unmarked` clears other stores away."""
-    return any(key.startswith("status/c/") for key in location.list_keys())
+    return any(key.startswith("status/c/") and not key.endswith(PARTIAL) for key in location.list_keys())
 
 
 def create_store(location: Location, manifest: Manifest, *, durable: bool) -> None:

@@ -42,6 +42,24 @@ def test_money_is_device_hours_and_api_tokens() -> None:
             Prices(gpu_hour=wrong)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_workers_of_a_cluster_count_with_their_own_devices(device: str) -> None:
+    with CostMeter(method="m", stage="s", device="cpu") as meter:
+        busy = time.process_time()
+        while time.process_time() - busy < 0.05:
+            pass
+        for name, seconds, memory in (("a", 100.0, 1), ("b", 20.0, 1 << 60), ("a", 3.0, 2)):
+            cost = record(device=device, device_seconds=seconds, peak_memory_bytes=memory)
+            meter.add_worker(name, cost)
+    whole = meter.record
+    assert (whole.model_tokens, whole.flops, whole.devices, whole.device) == (30, 15.0, 2, device)
+    assert whole.peak_memory_bytes == 1 << 60
+    if device == "cpu":
+        assert 123.05 <= whole.device_seconds < 124, "this process works on a CPU as well"
+    else:
+        assert whole.device_seconds == 123.0
+
+
 def test_a_meter_counts_work_on_the_cpu(tmp_path: Path) -> None:
     path = costs_path(tmp_path / "scores.parquet")
     assert path == tmp_path / "scores.costs.jsonl" == costs_path(path)

@@ -22,13 +22,13 @@ from pairtrace.commands.extraction import app
 from pairtrace.engine import extract_cluster
 from pairtrace.engine.cost import read_costs
 from pairtrace.engine.extract import ExtractConfig, ExtractSummary, extract
-from pairtrace.engine.extract_cluster import Crew
-from pairtrace.errors import ConfigError, StoreLockedError
+from pairtrace.errors import ConfigError, StoreDamagedError, StoreLockedError
 from pairtrace.store.lock import WriterLock
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.verify import verify
 from tests.engine.clusters import RunningCluster, kill_a_worker, running_cluster
 from tests.engine.extraction import contents, pair, write_rows
+from tests.engine.shard_runs import damage
 from tests.models import HH
 
 pytestmark = [
@@ -36,9 +36,11 @@ pytestmark = [
     pytest.mark.skipif(not HH.is_file(), reason="needs ../shared/data"),
 ]
 
-# Repeated pairs within a shard of 4 and across shards, a row that cannot be used, and rows that an older store has.
+# Repeated pairs within a shard of 4 and across shards (which are under way together), a row that cannot be used, and
+# rows that an older store has.
 ROWS = [pair(f"question {i % 97}", f"yes {i % 97}", f"no {i % 97}") for i in range(120)]
 ROWS[9] = ROWS[8]
+ROWS[5], ROWS[13] = ROWS[2], ROWS[9]
 ROWS[30] = pair("question", "", "no")
 
 
@@ -175,6 +177,15 @@ def test_a_worker_that_sees_something_else_is_named(
     assert_same_store(config.store, here)
 
 
+def test_what_a_worker_finds_damaged_is_told(cluster: RunningCluster, here: ExtractConfig, tmp_path: Path) -> None:
+    old = tmp_path / "old.zarr"
+    shutil.copytree(here.reuse[0], old)
+    damage(old, "diff/4", 0)
+    config = replace(here, store=str(tmp_path / "acts.zarr"), reuse=(str(old),), scheduler=cluster.address)
+    with pytest.raises(StoreDamagedError, match=r"rows cannot be copied from a store of --reuse: .*diff/4, shard 0"):
+        extract(config)
+
+
 def test_the_store_of_another_writer_is_left_alone(
     cluster: RunningCluster, here: ExtractConfig, tmp_path: Path
 ) -> None:
@@ -186,7 +197,7 @@ def test_the_store_of_another_writer_is_left_alone(
 def test_a_lost_scheduler_leaves_a_store_to_go_on_with(
     cluster: RunningCluster, here: ExtractConfig, tmp_path: Path
 ) -> None:
-    """The last test: it takes the cluster with it."""
+    """The last test with this cluster: it takes it along."""
     config = replace(here, store=str(tmp_path / "acts.zarr"), scheduler=cluster.address)
     with pytest.raises(ConfigError, match=rf"Dask cluster at {cluster.address} failed: .*run the same command again"):
         extract(config, Watched(lambda: os.kill(cluster.scheduler.pid, signal.SIGKILL)))
@@ -208,24 +219,6 @@ def test_no_worker_that_can_take_shards(here: ExtractConfig, tmp_path: Path, mon
             loop.client, loop.config, loop._address = client, config, "tcp://here"
             with pytest.raises(ConfigError, match=r"tcp://here has had no worker .*every finished shard is safe"):
                 loop._next_finished([client.submit(abs, 1)])
-
-
-@pytest.mark.parametrize(
-    ("device", "slots", "resources"),
-    [
-        ("auto", {"b": 1, "c": 2}, {"GPU": 1}),
-        ("cuda", {"b": 1, "c": 2}, {"GPU": 1}),
-        ("cpu", {"a": 4, "b": 4, "c": 2}, {}),
-    ],
-)
-def test_workers_with_a_gpu_take_the_shards(device: str, slots: dict[str, int], resources: dict[str, float]) -> None:
-    workers: dict[str, Any] = {
-        "a": {"nthreads": 4, "resources": {"MEMORY": 2.0}},
-        "b": {"nthreads": 4, "resources": {"GPU": 1.0}},
-        "c": {"nthreads": 2, "resources": {"GPU": 4}},
-    }
-    assert Crew.of(workers, device) == Crew(slots, resources)
-    assert Crew.of({"a": workers["a"]}, device) == Crew({"a": 4}, {})
 
 
 def test_the_command_takes_the_scheduler(here: ExtractConfig, tmp_path: Path) -> None:

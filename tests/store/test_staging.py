@@ -9,7 +9,8 @@ import pytest
 
 from pairtrace.errors import StoreError, StoreWriteError
 from pairtrace.store import writer as writer_module
-from pairtrace.store.location import PARTIAL, open_location
+from pairtrace.store.location import PARTIAL, LocalLocation, open_location
+from pairtrace.store.metadata import has_rows
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.staging import ShardStager, leave_probe, place, sees_probe
 from pairtrace.store.verify import verify
@@ -44,7 +45,7 @@ def test_what_is_staged_is_not_there_until_it_is_committed(tmp_path: Path) -> No
     with StoreWriter.create_or_resume(tmp_path, manifest, fsync=False) as writer:
         stager = ShardStager(tmp_path, manifest, leave_probe(tmp_path), fsync=False)
         staged = stager.stage(make_block(manifest, 1))
-        assert writer.missing_shards() == [0, 1, 2]
+        assert writer.missing_shards() == [0, 1, 2] and not has_rows(LocalLocation(tmp_path))
         assert all(name.endswith(PARTIAL) for name in (path.name for path in tmp_path.glob("diff/2/c/1/*")))
         writer.commit(staged)
         assert writer.missing_shards() == [0, 2]
