@@ -13,7 +13,8 @@ from functools import lru_cache
 from typing import Any
 
 from pairtrace.errors import ConfigError, MissingDependencyError, StoreDamagedError, StoreError
-from pairtrace.store.dask_view import open_rows
+from pairtrace.store.dask_view import open_rows, store_identity
+from pairtrace.store.reader import ActivationStore
 from pairtrace.store.rows import RowReader
 from pairtrace.version import __version__
 
@@ -57,6 +58,21 @@ def check_workers(client: Any, address: str) -> int:
                 "the same version on every worker"
             )
     return threads
+
+
+def require_store(client: Any, store: ActivationStore) -> None:
+    """Find out before long work that every worker sees a store.
+
+    Raises:
+        StoreError: one does not, or sees another one at the same path.
+        ConfigError: the cluster fails.
+    """
+    identity = store_identity(store.manifest)
+    opened = [
+        client.submit(_opens, store.address, identity, workers=[worker], pure=False) for worker in client.nthreads()
+    ]
+    with cluster_failures(client.scheduler.address):
+        client.gather(opened)
 
 
 @contextmanager
@@ -155,6 +171,10 @@ def _worker_version() -> str:
     from pairtrace.version import __version__ as version
 
     return version
+
+
+def _opens(path: str, identity: str) -> None:
+    open_store_rows(path, identity)
 
 
 def given(value: Any) -> Any:

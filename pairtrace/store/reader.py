@@ -93,6 +93,11 @@ class ActivationStore:
         return store
 
     @property
+    def address(self) -> str:
+        """Absolute path or address, under which another process finds the store."""
+        return str(self._location.root.absolute()) if isinstance(self._location, LocalLocation) else self.path
+
+    @property
     def rows(self) -> int:
         """N, rows of the data set."""
         return self.manifest.rows
@@ -309,8 +314,7 @@ class ActivationStore:
         """
         spec = self._row_spec(layer, array)
         missing = sorted(set(range(spec.shards)) - set(self.finished_shards()))
-        path = str(self._location.root.absolute()) if isinstance(self._location, LocalLocation) else self.path
-        return dask_rows(path, self.manifest, spec.name, tuple(missing), checksum=checksum)
+        return dask_rows(self.address, self.manifest, spec.name, tuple(missing), checksum=checksum)
 
     def _iterate(
         self, spec: ArraySpec, step: int, checksum: bool, read_ahead: int

@@ -16,7 +16,7 @@ import numpy as np
 from pairtrace.engine.atomic import require_writable
 from pairtrace.engine.baselines.store_pairs import open_store_data
 from pairtrace.engine.cost import CostMeter, costs_path
-from pairtrace.engine.dask_cluster import discovery_client
+from pairtrace.engine.dask_cluster import discovery_client, require_store
 from pairtrace.engine.discovery.chunk_tasks import chosen_rows
 from pairtrace.engine.discovery.clustering import ClusterConfig, Clustering, cluster
 from pairtrace.engine.discovery.description import ClusteredItems, DescriptionConfig, describe, store_inputs
@@ -128,6 +128,7 @@ def discover_pairs(config: PairsConfig, progress: Progress = NULL_PROGRESS) -> D
         size = config.min_cluster_size or default_min_cluster_size(count)
         _require_rows(count, size, store)
         with discovery_client(config.scheduler) as client:
+            require_store(client, store)
             reduced, reused = _reduced(config, store, layer, chosen, client, progress)
             _require_rows(len(reduced.rows), size, store)
             settings = config.clustering(size)

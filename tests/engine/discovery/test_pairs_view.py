@@ -20,10 +20,10 @@ from pairtrace.engine.discovery.description import DescriptionConfig
 from pairtrace.engine.discovery.pairs_view import PairsConfig, default_min_cluster_size, discover_pairs
 from pairtrace.engine.discovery.product import Discovered, read_product
 from pairtrace.engine.discovery.stability import StabilityConfig
-from pairtrace.engine.progress import NULL_PROGRESS
 from pairtrace.engine.ranking import top
 from pairtrace.engine.score import ScoreConfig, score
-from pairtrace.errors import ConfigError, DataError, LayerError, StoreIncompleteError
+from pairtrace.errors import ConfigError, DataError, LayerError, StoreError, StoreIncompleteError
+from pairtrace.store.reader import ActivationStore
 from tests.engine.clusters import RunningCluster, running_cluster
 from tests.engine.small_store import SmallStore, make_store
 
@@ -221,6 +221,12 @@ def test_what_cannot_be_clustered_is_refused_before_any_work(
     assert not Path(config.out).exists()
 
 
+def test_workers_that_cannot_see_the_store_say_so(config: PairsConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ActivationStore, "address", "/only/here.zarr")
+    with pytest.raises(StoreError, match=r"Dask worker at tcp.* cannot open the store: .*only/here.*has to see it"):
+        discover_pairs(config)
+
+
 def test_rows_that_are_all_alike_are_an_error(config: PairsConfig, tmp_path: Path) -> None:
     small = make_store(tmp_path, rows=100, layers=(5,), quarantined=(), zero=(3,), vectors=np.ones((100, 24)))
     with pytest.raises(DataError, match=r"all 99 rows .* have the same one"):
@@ -239,12 +245,6 @@ def test_one_group_alone_is_no_cluster(config: PairsConfig, tmp_path: Path) -> N
 @pytest.mark.parametrize(("rows", "size"), [(20, 15), (15_999, 15), (378_341, 378), (1_000_000, 1000)])
 def test_the_default_size_follows_the_number_of_rows(rows: int, size: int) -> None:
     assert default_min_cluster_size(rows) == size
-
-
-def test_processes_here_give_the_same_bits(config: PairsConfig, tmp_path: Path) -> None:
-    there = discover_pairs(config)
-    here = discover_pairs(replace(config, scheduler=None, out=str(tmp_path / "here")))
-    assert bits(here) == bits(there)
 
 
 @pytest.mark.parametrize("killed", ["principal components", "mean directions"])
@@ -268,7 +268,7 @@ def test_a_lost_scheduler_is_an_error_after_which_the_work_goes_on(
     with pytest.raises(ConfigError, match=r"Dask cluster at tcp://.* failed: .*; run the same command again"):
         discover_pairs(config, At("mean directions", cluster.scheduler.kill))
     assert not (Path(config.out) / "clusters.json").exists()
-    again = discover_pairs(replace(config, scheduler=None), NULL_PROGRESS)
+    again = discover_pairs(replace(config, scheduler=None))  # processes here
     assert again.details["reduction"]["reused"] and bits(again) == bits(whole)
     content = json.loads((Path(config.out) / "clusters.json").read_text())
     assert content["settings"]["scheduler"] is None
