@@ -12,6 +12,7 @@ import time
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from pairtrace.engine.journal import Journal
 from pairtrace.engine.judge import RuleJudge, load_rules
 from pairtrace.engine.monitoring.asked import Answer, AskedPrompts
 from pairtrace.engine.monitoring.base_answers import BaseCache
-from pairtrace.engine.monitoring.clusters import known_clusters, load_watched, save_watched, unit_rows
+from pairtrace.engine.monitoring.clusters import WatchedCluster, known_clusters, load_watched, save_watched, unit_rows
 from pairtrace.engine.monitoring.config import BUILT_IN_RULES, MonitorConfig
 from pairtrace.engine.monitoring.plot import write_plot
 from pairtrace.engine.monitoring.reader import AnswerReader
@@ -121,7 +122,7 @@ class Monitor:
         dtype = str(resolve_dtype(config.dtype, model_config)).removeprefix("torch.")
         self.numerics = numerics or Numerics(device=resolve_device(config.device), dtype=dtype)
         layer = int(model_config.num_hidden_layers) if config.layer is None else config.layer
-        self._known = []
+        self._known: list[WatchedCluster] = []
         if config.known is not None:
             layer, self._known = known_clusters(config.known, self._prints, config.layer)
         check_layers((layer,), model_config)
@@ -255,7 +256,7 @@ class Monitor:
         free_memory(self.numerics.device)
         self._reference = answers.reference
         bags = [
-            cache.bag(sample, self._reading, lambda further=further: self._read(self._table(further)))
+            cache.bag(sample, self._reading, partial(self._read, self._table(further)))
             for sample, further in enumerate(answers.further)
         ]
         changes = [_changes(bag) for bag in bags]
