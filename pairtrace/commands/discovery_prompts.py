@@ -44,8 +44,8 @@ def _prompts(
         int | None, typer.Option(help="Prompts that make a cluster [default: by their number, at least 8].")
     ] = None,
     min_samples: Annotated[
-        int | None, typer.Option(help="Neighbours that density is read from [default: half of it].")
-    ] = None,
+        int, typer.Option(help="The density at a prompt is read at this neighbour; more smooth it.")
+    ] = 5,
     dimensions: Annotated[int, typer.Option(help="Axes of the cosine matrix that are clustered.")] = 10,
     flag_fdr: Annotated[float, typer.Option(help="Share of false discoveries allowed among flagged clusters.")] = 0.05,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,

@@ -26,15 +26,13 @@ from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.errors import DataError, MissingDependencyError
 
 
-def default_sizes(items: int) -> tuple[int, int]:
-    """min_cluster_size and min_samples for P items: 8 and 4 up to 113 items, 17 and 8 for 500, 75 and 37 for 10,000.
+def default_size(items: int) -> int:
+    """min_cluster_size for P items: 8 up to 128, 17 for 500, 75 for 10,000.
 
     The square root lies between a fixed share, which loses rare behaviours in large bags, and a fixed number, which
-    calls every coincidence in them a cluster. A density read from half as many neighbours follows behaviours that come
-    in several formats: with as many as the cluster has to have, the formats fell apart.
+    calls every coincidence in them a cluster.
     """
-    size = max(8, round(0.75 * sqrt(items)))
-    return size, size // 2
+    return max(8, round(0.75 * sqrt(items)))
 
 
 def reduced_rows(gram: np.ndarray, dimensions: int) -> np.ndarray:

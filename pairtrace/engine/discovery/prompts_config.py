@@ -8,7 +8,7 @@ from pathlib import Path
 from pairtrace.engine.behavior_config import BehaviorConfig
 from pairtrace.engine.discovery.clustering import ClusterConfig
 from pairtrace.engine.discovery.description import DescriptionConfig
-from pairtrace.engine.discovery.prompt_points import default_sizes
+from pairtrace.engine.discovery.prompt_points import default_size
 from pairtrace.errors import ConfigError
 
 
@@ -27,8 +27,9 @@ class PromptsConfig:
         rules: rule file of the judge; None for the refusal rules (or the verdicts that `rollouts` brings).
         layer: residual layer; None takes the deepest of the store.
         dimensions: axes of the cosine matrix that are clustered.
-        min_cluster_size: prompts that make a cluster; None chooses by their number, see `default_sizes`.
-        min_samples: see `ClusterConfig`; None chooses with `min_cluster_size`, else half of it.
+        min_cluster_size: prompts that make a cluster; None chooses by their number, see `default_size`.
+        min_samples: see `ClusterConfig`. Few neighbours follow a behaviour that comes in several formats; with ten or
+            more of them the formats fell apart on an organism, with 4 to 8 they stayed together.
         flag_fdr: largest q-value at which a cluster is flagged.
         description: how clusters are described.
         allow_incomplete: take the finished rows of a store that still misses some.
@@ -52,7 +53,7 @@ class PromptsConfig:
     layer: int | None = None
     dimensions: int = 10
     min_cluster_size: int | None = None
-    min_samples: int | None = None
+    min_samples: int = 5
     flag_fdr: float = 0.05
     description: DescriptionConfig = field(default_factory=DescriptionConfig)
     allow_incomplete: bool = False
@@ -73,8 +74,8 @@ class PromptsConfig:
             raise ConfigError(f"--dimensions is {self.dimensions}; expected at least 1")
         if not 0 < self.flag_fdr < 1:
             raise ConfigError(f"--flag-fdr is {self.flag_fdr}; expected above 0 and below 1")
-        if self.min_cluster_size is not None or self.min_samples is not None:
-            self.clustering(0)
+        # Unusable settings of the clustering, the sampling and the reading are found here, before hours of work.
+        assert self.clustering(0)
         assert self.behavior
 
     @property
@@ -96,11 +97,8 @@ class PromptsConfig:
 
     def clustering(self, items: int) -> ClusterConfig:
         """How P items are clustered."""
-        size, samples = default_sizes(items)
-        if self.min_cluster_size is not None:
-            size, samples = self.min_cluster_size, max(1, self.min_cluster_size // 2)
         return ClusterConfig(
-            min_cluster_size=size,
-            min_samples=samples if self.min_samples is None else self.min_samples,
+            min_cluster_size=default_size(items) if self.min_cluster_size is None else self.min_cluster_size,
+            min_samples=self.min_samples,
             seed=self.seed,
         )

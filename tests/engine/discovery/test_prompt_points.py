@@ -6,14 +6,14 @@ import pytest
 from pairtrace.engine.discovery.clustering import ClusterConfig, cluster
 from pairtrace.engine.discovery.prompt_points import (
     cluster_with_images,
-    default_sizes,
+    default_size,
     points_with_length,
     reduced_rows,
 )
 from pairtrace.errors import DataError
 
 RNG = np.random.default_rng(7)
-CONFIG = ClusterConfig(min_cluster_size=8, min_samples=4)
+CONFIG = ClusterConfig(min_cluster_size=8, min_samples=5)
 
 
 def unit(rows: np.ndarray) -> np.ndarray:
@@ -108,4 +108,4 @@ def test_too_few_prompts_are_refused() -> None:
 
 
 def test_sizes_grow_with_the_square_root() -> None:
-    assert [default_sizes(items) for items in (0, 100, 500, 10_000)] == [(8, 4), (8, 4), (17, 8), (75, 37)]
+    assert [default_size(items) for items in (0, 100, 128, 500, 10_000)] == [8, 8, 8, 17, 75]
