@@ -144,7 +144,7 @@ class PairNames:
             StoreDamagedError: a chunk is damaged.
         """
         offsets, data = store.source_strings()
-        return cls(store.pair_ids(), _strings(pa.large_string(), offsets, data))
+        return cls(store.pair_ids(), arrow_strings(pa.large_string(), offsets, data))
 
     def columns(self, rows: np.ndarray) -> list[pa.Array[Any]]:
         """Row, pair_id (hex) and source of some rows, int64 [n], ascending, n > 0."""
@@ -156,10 +156,10 @@ class PairNames:
         offsets = np.arange(0, 32 * (len(rows) + 1), 32, dtype=np.int32)
         # Unlike indexing, take without a check of bounds lets other threads run.
         digits = np.take(_HEX, identifiers, mode="clip")
-        return [pa.array(rows), _strings(pa.string(), offsets, digits), sources.cast(pa.string())]
+        return [pa.array(rows), arrow_strings(pa.string(), offsets, digits), sources.cast(pa.string())]
 
 
-def _strings(kind: pa.DataType, offsets: Any, data: Any) -> pa.Array[Any]:
+def arrow_strings(kind: pa.DataType, offsets: Any, data: Any) -> pa.Array[Any]:
     """Arrow strings over existing memory: an array of offsets [n + 1] in the width of the type, and one of bytes."""
     return pa.Array.from_buffers(kind, len(offsets) - 1, [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 

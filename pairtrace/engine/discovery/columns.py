@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from pairtrace.engine.pairs import PairSource
+from pairtrace.engine.scores_writer import arrow_strings
 from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError
 from pairtrace.store.reader import ActivationStore
 
@@ -74,7 +75,7 @@ def store_columns(
         )
     offsets, data = store.source_strings()
     sources = _Encoder(SOURCE)
-    sources.add(pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(data)))
+    sources.add(arrow_strings(pa.large_string(), offsets, data))
     columns, left_out = ([], {SOURCE: sources.problem}) if sources.problem else ([sources.column()], {})
     if source is None:
         return columns, left_out
@@ -165,7 +166,7 @@ class _Encoder:
             self.problem = _TOO_MANY
             return
         try:
-            texts = ["" if value is None else str(value) for value in encoded.dictionary.to_pylist()]
+            texts = [str(value) for value in encoded.dictionary.to_pylist()]
         except UnicodeDecodeError:
             self.problem = "a text that is not valid UTF-8"
             return
