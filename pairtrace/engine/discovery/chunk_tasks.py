@@ -116,9 +116,10 @@ def _task_per_chunk(
 ) -> tuple[dict[Any, Any], list[Any]]:
     """A graph and the keys of its results. Dask fuses what opens a chunk with what uses it into one task."""
     import dask
+    import dask.array as da
 
-    results = rows.map_blocks(
-        function, given=dask.delayed(given, traverse=False), dtype=np.float32, meta=np.empty((0, 0), np.float32)
+    results = da.map_blocks(
+        function, rows, given=dask.delayed(given, traverse=False), dtype=np.float32, meta=np.empty((0, 0), np.float32)
     )
     (results,) = dask.optimize(results)
     return dict(results.__dask_graph__()), [keys[0] for keys in results.__dask_keys__()]

@@ -174,7 +174,7 @@ def _layer(store: ActivationStore, wanted: int | None) -> int:
 
 def _chosen(store: ActivationStore, config: PairsConfig) -> np.ndarray:
     """Rows to cluster, bool [N]: those with activations, or a sample of them."""
-    usable = store.status() == OK
+    usable: np.ndarray = store.status() == OK
     rows = np.flatnonzero(usable)
     if config.sample is None or config.sample >= len(rows):
         return usable
@@ -199,7 +199,7 @@ def _reduced(
     made_from = {
         "store": store_identity(store.manifest),
         "layer": layer,
-        "rows": hashlib.sha256(np.packbits(chosen)).hexdigest(),
+        "rows": hashlib.sha256(np.packbits(chosen).tobytes()).hexdigest(),
         "components": config.components,
         "seed": config.seed,
     }

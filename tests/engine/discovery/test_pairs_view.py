@@ -214,10 +214,10 @@ def test_what_cannot_be_clustered_is_refused_before_any_work(
         ({"description": replace(QUICK, data=str(file))}, DataError, "file"),
     ):
         with pytest.raises(error, match=message):
-            discover_pairs(replace(config, **changed))  # type: ignore[arg-type]
+            discover_pairs(replace(config, **changed))
     for changed in ({"components": 0}, {"sample": 0}, {"min_cluster_size": 1}, {"method": "x"}, {"min_samples": 0}):
         with pytest.raises(ConfigError):
-            replace(config, **changed)  # type: ignore[arg-type]
+            replace(config, **changed)
     assert not Path(config.out).exists()
 
 

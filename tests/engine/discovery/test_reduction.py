@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any
 
 import dask.array as da
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from pairtrace.engine.dask_cluster import discovery_client
-from pairtrace.engine.discovery.chunk_tasks import chosen_rows
+from pairtrace.engine.discovery.chunk_tasks import chosen_rows, sum_chunks
 from pairtrace.engine.discovery.reduction import Reduction, fit_reduction, reduce_rows
 from pairtrace.errors import ConfigError, DataError
 from tests.engine.clusters import RunningCluster, running_cluster
@@ -130,17 +131,28 @@ def test_rows_without_direction_are_left_out(client: Any) -> None:
     assert np.isnan(reduced.points[[3, 130, 250]]).all() and np.isfinite(reduced.points[usable]).all()
 
 
-def test_chunks_that_finish_out_of_order_change_no_bit(client: Any) -> None:
-    rows = spread_rows(200, count=700)
+def test_sums_are_added_in_the_order_of_the_chunks(client: Any) -> None:
+    """Values of any size, so that another order gives other bits."""
+    values = np.random.default_rng(0).normal(size=(20, 9)) * 10.0 ** np.random.default_rng(1).integers(-9, 9, (20, 9))
+    values[:, 0] = np.arange(20)
 
-    def late(block: np.ndarray, block_id: tuple[int, int]) -> np.ndarray:
-        time.sleep(0.01 * (block_id[0] * 7 % 5))
-        return block
+    def late(rows: np.ndarray, *, given: int) -> tuple[int, np.ndarray]:
+        time.sleep(0.01 * np.random.default_rng([given, int(rows[0, 0])]).integers(5))
+        return len(rows), rows.sum(axis=0)
 
-    shuffled = as_dask(rows, 64).map_blocks(late, dtype=rows.dtype, meta=rows[:0])
-    found = fit_reduction(as_dask(rows, 64), 3, seed=0, client=client)
-    assert bits(fit_reduction(shuffled, 3, seed=0, client=client)) == bits(found)
-    assert bits(fit_reduction(as_dask(rows, 64), 3, seed=1, client=client)) != bits(found)
+    expected = [values[start : start + 8] for start in range(0, 20, 8)]
+    levels = [reduce(np.add, group) for group in expected]
+    for seed in range(3):
+        progress = Told()
+        count, total = sum_chunks(da.from_array(values, chunks=(1, 9)), late, seed, client, progress)
+        assert count == progress.done == 20
+        assert total.tobytes() == reduce(np.add, levels).tobytes()
+
+
+def test_a_seed_decides_all_bits(client: Any) -> None:
+    rows = as_dask(spread_rows(200, count=700), 64)
+    found, same, other = (bits(fit_reduction(rows, 3, seed=seed, client=client)) for seed in (0, 0, 1))
+    assert found == same != other
 
 
 @pytest.mark.parametrize(("count", "width", "wanted", "expected"), [(500, 8, 50, 8), (5, 40, 50, 5), (2, 40, 3, 2)])
