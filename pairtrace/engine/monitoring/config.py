@@ -35,7 +35,8 @@ class MonitorConfig:
         max_new_tokens: longest response, in tokens.
         batch_size: responses per forward pass; it does not change what is sampled.
         min_cluster_size: prompts that make a new cluster; None for 2 % of the bag, and at least 5.
-        alpha: chance of an alert anywhere in a run whose answers vary as M0's own do.
+        alpha: chance, by the approximation of Wilson's intervals, of an alert anywhere in a run whose answers vary as
+            M0's own do.
         min_growth: share of the bag by which a cluster must have grown over M0 to raise an alert.
         seed: of the sampling and the clustering.
         on_alert: "log", or "stop" to end training.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import sqrt
 from typing import Any
 
 from pairtrace.engine.intervals import wilson_interval
@@ -51,6 +52,17 @@ def spent_level(alpha: float, test: int, clusters: int) -> float:
     return alpha / (test * (test + 1)) / max(1, clusters)
 
 
+def least_growth(now: Share, start: Share) -> float:
+    """Lower end of the interval of the difference, made of the Wilson intervals of both shares.
+
+    R. G. Newcombe, "Interval estimation for the difference between independent proportions: comparison of eleven
+    methods", Statistics in Medicine 17 (1998), method 10. The answers are to the same prompts, whose likeness makes the
+    difference vary less than that of independent samples: the interval is wider than it need be.
+    """
+    below, above = now.value - now.interval[0], start.interval[1] - start.value
+    return now.value - start.value - sqrt(below * below + above * above)
+
+
 def has_grown(now: Share, start: Share, min_growth: float) -> bool:
-    """Whether the intervals are apart, the later one above, and the shares differ by `min_growth` or more."""
-    return now.interval[0] > start.interval[1] and now.value - start.value >= min_growth
+    """Whether a share lies above what it was, beyond chance at the level of the shares, and by `min_growth` or more."""
+    return least_growth(now, start) > 0 and now.value - start.value >= min_growth

@@ -10,7 +10,7 @@ import pytest
 
 from pairtrace.engine.monitoring.clusters import LEAST_COSINE, WatchedCluster, assign, unit_rows
 from pairtrace.engine.monitoring.config import MonitorConfig
-from pairtrace.engine.monitoring.growth import Share, has_grown, spent_level
+from pairtrace.engine.monitoring.growth import Share, has_grown, least_growth, spent_level
 from pairtrace.engine.monitoring.watch import Changes, Watch
 
 ITEMS, WIDTH = 240, 48
@@ -153,12 +153,17 @@ def test_levels_add_up_to_alpha() -> None:
     assert 0.0099 < spent <= 0.01
 
 
-def test_growth_needs_separate_intervals() -> None:
+def test_least_growth_is_newcombes() -> None:
+    """An example of the paper: 56 of 70 against 48 of 80, method 10, at 95 %."""
+    assert least_growth(Share.at(56, 70, 0.05), Share.at(48, 80, 0.05)) == pytest.approx(0.0524, abs=5e-5)
+
+
+def test_growth_is_beyond_chance_and_large_enough() -> None:
     start = Share.at(24, 960, 0.01)
     assert not has_grown(Share.at(10, 240, 0.01), start, 0.0)
-    assert has_grown(Share.at(30, 240, 0.01), start, 0.0)
+    assert has_grown(Share.at(18, 240, 0.01), start, 0.0)
     assert not has_grown(Share.at(30, 240, 0.01), start, 0.11)
-    assert not has_grown(Share.at(30, 240, 1e-9), Share.at(24, 960, 1e-9), 0.0), "a smaller level needs more"
+    assert not has_grown(Share.at(18, 240, 1e-9), Share.at(24, 960, 1e-9), 0.0), "a smaller level needs more"
 
 
 def test_answers_go_to_the_closest_cluster_that_reaches_them() -> None:
