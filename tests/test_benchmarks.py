@@ -47,7 +47,7 @@ def run_quick(name: str, out: Path, folder: Path) -> dict[str, Any]:
         ("bench_cosine", "cosine_table", ("**pairtrace**", "torch matmul + norm", "**pairtrace, scaled int8**")),
         ("bench_reuse", "reuse_table", ("1", "2", "10", "100")),
         ("bench_score_store", "score_table", ("process start-up, apart", "6,144 rows, page cache")),
-        ("bench_discover", "discover_table", ("2,000", "6,000")),
+        ("bench_discover", "discover_table", ("3,000",)),
         ("bench_store", "store_table", ("np.memmap", "**pairtrace**", "pairtrace, zstd:3", "zarr, crc32c")),
     ],
 )
