@@ -22,7 +22,7 @@ COMMANDS = [
     *("extract", "plan", "behavior", "score", "top", "sources", "edit", "restore", "demo", "version"),
     *("diagnose", "train", "evaluate", "cost", "monitor"),
     *("store info", "store verify", "store convert"),
-    *("discover pairs", "discover show"),
+    *("discover pairs", "discover prompts", "discover show"),
     *("baseline random", "baseline length", "baseline margin", "baseline judge", "baseline gradient"),
 ]
 GROUPS = ("store", "baseline", "discover")
