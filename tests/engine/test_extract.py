@@ -217,10 +217,10 @@ def test_an_error_on_one_side_of_a_channel_reaches_the_other() -> None:
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
-    """Peak memory of 2,000 and 20,000 rows in fresh processes; short rows and one block keep it quick."""
+    """Peak memory of 1,000 and 9,000 rows in fresh processes; short rows and one block keep it quick."""
     model = tmp_path / "m0"
     make_tokenizer(model)
-    make_model("olmo2", model, hidden_size=512, num_hidden_layers=1)
+    make_model("olmo2", model, hidden_size=1024, num_hidden_layers=1)
     program = (
         "import sys\n"
         "from pathlib import Path\n"
@@ -233,11 +233,11 @@ def test_memory_does_not_grow_with_the_rows(tmp_path: Path) -> None:
         "print(s.ok, next(line.split()[1] for line in status if line.startswith('VmHWM')))\n"
     )
     peaks = {}
-    for rows in (2_000, 20_000):
+    for rows in (1_000, 9_000):
         data = write_rows(tmp_path / f"{rows}.jsonl", [pair(f"q {i}", f"a {i}", f"b {i % 97}") for i in range(rows)])
         command = [sys.executable, "-c", program, str(data), str(model), str(tmp_path / f"{rows}.zarr")]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
         assert int(output[0]) >= rows * 0.95
         peaks[rows] = int(output[1]) / 1024
-    # Activations of 18,000 rows kept by mistake would be 70 MiB (two sides of 512 float32 values).
-    assert peaks[20_000] - peaks[2_000] < 24, f"peak memory in MiB: {peaks}"
+    # Activations of 8,000 rows kept by mistake would be 62 MiB (two sides of 1,024 float32 values).
+    assert peaks[9_000] - peaks[1_000] < 24, f"peak memory in MiB: {peaks}"

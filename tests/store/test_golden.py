@@ -12,7 +12,7 @@ import pytest
 import zarr
 
 from pairtrace.kernels.int8 import ScaledRows
-from pairtrace.store import writer as writer_module
+from pairtrace.store import shard_block
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.verify import verify
 from pairtrace.store.writer import StoreWriter
@@ -46,8 +46,8 @@ def test_the_writer_makes_the_golden_bytes(tmp_path: Path, name: str) -> None:
 
 
 def test_a_changed_encoding_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encode = writer_module.encode
-    monkeypatch.setattr(writer_module, "encode", lambda spec, values: encode(spec, values)[:-1])
+    encode = shard_block.encode
+    monkeypatch.setattr(shard_block, "encode", lambda spec, values: encode(spec, values)[:-1])
     with pytest.raises(AssertionError):
         assert_same_bytes(tmp_path / "acts.zarr", "acts.zarr")
 
