@@ -14,49 +14,75 @@ from pairtrace.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeConfig:
+class JudgeSettings:
+    """A judge and how it is asked, whatever the question.
+
+    Attributes:
+        base_url: of an OpenAI-compatible server, such as http://localhost:8000/v1.
+        model: name of the judge there.
+        api_key_env: environment variable that holds the key; None sends no key.
+        concurrency: questions under way at the same time.
+        timeout: seconds for one answer.
+        attempts: how often a question is asked that fails for a passing reason.
+        max_failures: questions in a row without an answer after which the server is given up; see `ServerConfig`.
+        settings: entries of the request that are added, replaced or (None) taken out.
+    """
+
+    base_url: str
+    model: str
+    api_key_env: str | None = None
+    concurrency: int = 8
+    timeout: float = 120.0
+    attempts: int = 5
+    max_failures: int = 8
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.concurrency < 1:
+            raise ConfigError(f"--concurrency is {self.concurrency}; expected at least 1")
+
+    def server(self) -> ServerConfig:
+        """Where and how to ask.
+
+        Raises:
+            ConfigError: the environment variable is not set, or a setting is out of range.
+        """
+        return ServerConfig(
+            base_url=self.base_url,
+            api_key=read_api_key(self.api_key_env),
+            timeout=self.timeout,
+            attempts=self.attempts,
+            max_failures=self.max_failures,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgeConfig(JudgeSettings):
     """What `score_by_judge` does.
 
     Attributes:
         store: path of the activation store.
         out: parquet file to write; verdicts are kept beside it (`scores.judge.jsonl`).
-        base_url: of an OpenAI-compatible server, such as http://localhost:8000/v1.
-        model: name of the judge there.
         behavior_text: the behaviour in words; or `rubric`.
         rubric: file with a longer description.
-        api_key_env: environment variable that holds the key; None sends no key.
         data: where the preference data is; None for the path that the store recorded.
-        concurrency: questions under way at the same time.
-        timeout: seconds for one answer.
-        attempts: how often a question is asked that fails for a passing reason.
-        max_failures: questions in a row without an answer after which the server is given up; see `ServerConfig`.
         ask_again: ask again where an earlier run was answered without a verdict, after the server was changed.
-        settings: entries of the request that are added, replaced or (None) taken out, see `Rubric`.
         name: of the score column.
     """
 
     store: str
     out: str
-    base_url: str
-    model: str
     behavior_text: str | None = None
     rubric: str | None = None
-    api_key_env: str | None = None
     data: str | None = None
-    concurrency: int = 8
-    timeout: float = 120.0
-    attempts: int = 5
-    max_failures: int = 8
     ask_again: bool = False
-    settings: Mapping[str, Any] = field(default_factory=dict)
     name: str = "judge"
 
     def __post_init__(self) -> None:
         require_parquet(self.out)
         if (self.behavior_text is None) == (self.rubric is None):
             raise ConfigError("expected either --behavior-text or --rubric: the judge has to be told the behaviour")
-        if self.concurrency < 1:
-            raise ConfigError(f"--concurrency is {self.concurrency}; expected at least 1")
+        super().__post_init__()
 
     def load_rubric(self) -> Rubric:
         """What the judge is asked.
@@ -73,17 +99,3 @@ class JudgeConfig:
         if text is None or not text.strip():
             raise ConfigError("the description of the behaviour is empty")
         return Rubric(behavior=text.strip(), model=self.model, settings=dict(self.settings))
-
-    def server(self) -> ServerConfig:
-        """Where and how to ask.
-
-        Raises:
-            ConfigError: the environment variable is not set, or a setting is out of range.
-        """
-        return ServerConfig(
-            base_url=self.base_url,
-            api_key=read_api_key(self.api_key_env),
-            timeout=self.timeout,
-            attempts=self.attempts,
-            max_failures=self.max_failures,
-        )

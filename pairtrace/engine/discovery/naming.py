@@ -12,16 +12,17 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pairtrace.engine.baselines.judge_client import JudgeClient, ServerConfig, read_api_key
+from pairtrace.engine.baselines.judge_client import JudgeClient
+from pairtrace.engine.baselines.judge_config import JudgeSettings
 from pairtrace.engine.baselines.judge_request import MALFORMED, read_object, usage
 from pairtrace.engine.discovery.product import View
 from pairtrace.engine.journal import Journal
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
-from pairtrace.errors import ConfigError, DataFormatError, JudgeError
+from pairtrace.errors import DataFormatError, JudgeError
 
 logger = logging.getLogger(__name__)
 
@@ -54,47 +55,15 @@ _SCHEMA: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class NamingConfig:
-    """The judge that proposes names.
+class NamingConfig(JudgeSettings):
+    """The judge that proposes names: a few questions, so it is given up sooner."""
 
-    Attributes:
-        base_url: of an OpenAI-compatible server, such as http://localhost:8000/v1.
-        model: name of the judge there.
-        api_key_env: environment variable that holds the key; None sends no key.
-        concurrency: questions under way at the same time.
-        timeout: seconds for one answer.
-        attempts: how often a question is asked that fails for a passing reason.
-        max_failures: questions in a row without an answer after which the server is given up.
-        settings: entries of the request that are added, replaced or (None) taken out.
-    """
-
-    base_url: str
-    model: str
-    api_key_env: str | None = None
     concurrency: int = 4
-    timeout: float = 120.0
-    attempts: int = 5
     max_failures: int = 4
-    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.concurrency < 1:
-            raise ConfigError(f"--concurrency is {self.concurrency}; expected at least 1")
+        super().__post_init__()
         self.server()
-
-    def server(self) -> ServerConfig:
-        """Where and how to ask.
-
-        Raises:
-            ConfigError: the environment variable is not set, or a setting is out of range.
-        """
-        return ServerConfig(
-            base_url=self.base_url,
-            api_key=read_api_key(self.api_key_env),
-            timeout=self.timeout,
-            attempts=self.attempts,
-            max_failures=self.max_failures,
-        )
 
     def question(self, view: View, examples: Sequence[Mapping[str, str]]) -> dict[str, Any]:
         """The request to `/chat/completions` about one cluster."""
