@@ -140,7 +140,7 @@ def test_a_crash_with_several_shards_under_way(tmp_path: Path, name: str) -> Non
     reference = tree_bytes(tmp_path / "reference")
     owner: Any = Path if name == "replace" else os
     crashes, marked = 0, set()
-    for step in range(1, 1000, 1 if name == "replace" else 7):
+    for step in range(1, 1000, 1 if name == "replace" else 3):
         root = tmp_path / str(step)
         write_store(root, manifest, [])
         shards = list(range(4))
@@ -150,8 +150,7 @@ def test_a_crash_with_several_shards_under_way(tmp_path: Path, name: str) -> Non
         marked.add(tuple(assert_marked_shards_are_whole(root, manifest, reference)))
         write_store(root, manifest)
         assert tree_bytes(root) == reference
-    # How far the shards have come at each instant is up to the threads; all of them in one state would be no test.
-    assert crashes >= 5 and len(marked) > 1
+    assert crashes >= 5 and len(marked) > 2
 
 
 def assert_durable_before_mark(root: Path, events: list[tuple[str, str]], shard: int) -> None:
