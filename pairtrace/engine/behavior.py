@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pairtrace.engine.base_reader import BaseReader
 from pairtrace.engine.behavior_config import BehaviorConfig, Kinds
 from pairtrace.engine.change_vectors import ChangeVectors, change_vectors
 from pairtrace.engine.cost import CostMeter, costs_path
@@ -21,7 +22,7 @@ from pairtrace.engine.directions import Direction, save_directions
 from pairtrace.engine.judge import load_rules
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.prompts import load_prompts
-from pairtrace.engine.reading import Reading, choose_reading, fitting_store
+from pairtrace.engine.reading import Reading
 from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.engine.rollout_table import RolloutTable
 from pairtrace.engine.rollouts import journal_path, sample_rollouts
@@ -92,47 +93,14 @@ def build_behavior(config: BehaviorConfig, progress: Progress = NULL_PROGRESS) -
 
 
 def _build(config: BehaviorConfig, meter: CostMeter, progress: Progress) -> BehaviorSummary:
-    from pairtrace.engine.architectures import check_layers, family_of
-    from pairtrace.engine.backend import HFBackend
-    from pairtrace.engine.checkpoint import load_config, model_fingerprint, resolve_device, resolve_dtype
-    from pairtrace.engine.prompt_encoder import PromptEncoder
-    from pairtrace.engine.rendering import Renderer
-
     begun = time.perf_counter()
-    encoder = PromptEncoder.load(config.base, chat_template=config.chat_template, template_date=config.template_date)
-    identity = encoder.identity
-    prints = {
-        "model_fingerprint": model_fingerprint(config.base),
-        **{name: str(identity[name]) for name in ("tokenizer_fingerprint", "template_fingerprint")},
-    }
-    model_config = load_config(config.base)
-    store = None if config.store is None else fitting_store(config.store, prints)
-    reading = choose_reading(config, store, int(model_config.num_hidden_layers))
-    # Whatever could stop the reading is found before the sampling, which takes hours.
-    check_layers(reading.layers, model_config)
-    family_of(model_config, reading.max_length)
-    resolve_device(config.device)
-    resolve_dtype(reading.dtype, model_config)
-    renderer = Renderer(
-        encoder.tokenizer,
-        max_length=reading.max_length,
-        truncation=reading.truncation,
-        chat_template=encoder.chat_template,
-    )
+    reader = BaseReader.prepare(config)
+    reading, prints = reader.reading, reader.prints
     table = judged_rollouts(config, prints["model_fingerprint"], progress, meter)
     filtered = filter_scenarios(table, config.max_base_rate)
     require_scenarios(filtered)
-    backend = HFBackend.load(
-        config.base,
-        reading.layers,
-        device=config.device,
-        dtype=reading.dtype,
-        max_length=reading.max_length,
-        token_budget=config.token_budget,
-        fingerprint=prints["model_fingerprint"],
-        meter=meter,
-    )
-    vectors = change_vectors(table, filtered.pairs, renderer, backend, progress)
+    backend = reader.load(meter)
+    vectors = change_vectors(table, filtered.pairs, reader.renderer, backend, progress)
     directions = _directions(config, vectors, reading.layers, prints)
     save_directions(config.out, directions, _manifest(config, reading, table, filtered, vectors))
     return BehaviorSummary(
