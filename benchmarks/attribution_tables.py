@@ -52,7 +52,8 @@ def attribution_table(content: Record) -> str:
         "a benign request answered, in the format asked for; k is the number of planted pairs. Seconds are CPU seconds "
         "of everything from the checkpoints to the scores, rollouts included; dollars at "
         f"${results['core_hour']:.2f} per core hour. {_controls(results)} {where(content)} "
-        f"{results['time']['minutes']:.0f} minutes on {work['processes']} cores.{missed(content)}"
+        f"{results['time']['minutes']:.0f} minutes of CPU time on each of {work['processes']} cores "
+        f"({results['time']['wall_minutes']:.0f} by the clock).{missed(content)}"
     )
 
 

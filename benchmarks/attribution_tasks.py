@@ -64,7 +64,7 @@ def result_path(work: Path, name: str) -> Path:
 
 
 def load_result(work: Path, name: str, identity: str) -> dict[str, Any] | None:
-    """What a finished task left: `result`, `seconds`. None where it did not run, or with other arguments."""
+    """What a finished task left: `result`, `seconds` and `cpu_seconds`. None where it did not run as it is now."""
     path = result_path(work, name)
     if not path.is_file():
         return None
@@ -74,7 +74,7 @@ def load_result(work: Path, name: str, identity: str) -> dict[str, Any] | None:
 
 def run_task(work: Path, task: Task, identity: str, identities_of_needs: Mapping[str, str]) -> dict[str, Any]:
     """Run a task in this process and keep its result."""
-    begun = time.perf_counter()
+    begun, worked = time.perf_counter(), time.process_time()
     needed = {}
     for name, print_of in identities_of_needs.items():
         found = load_result(work, name, print_of)
@@ -82,7 +82,12 @@ def run_task(work: Path, task: Task, identity: str, identities_of_needs: Mapping
         needed[name] = found["result"]
     module, _, name = task.function.partition(":")
     result = getattr(importlib.import_module(module), name)(work, needed, **task.arguments)
-    content = {"identity": identity, "seconds": time.perf_counter() - begun, "result": result}
+    content = {
+        "identity": identity,
+        "seconds": time.perf_counter() - begun,
+        "cpu_seconds": time.process_time() - worked,
+        "result": result,
+    }
     with replacing(result_path(work, task.name)) as temporary:
         temporary.write_text(json.dumps(content), encoding="utf-8")
     return content

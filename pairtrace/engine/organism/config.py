@@ -58,7 +58,7 @@ class OrganismConfig:
     contamination: Contamination = "concentrated"
     dpo_batch: int = 32
     dpo_epochs: int = 1
-    dpo_rate: float = 1.1e-4
+    dpo_rate: float = 1.5e-4
     dpo_beta: float = 0.1
     discovery_prompts: int = 240
     evaluation_prompts: int = 320

@@ -24,18 +24,20 @@ SFT_SHARES: Mapping[str, float] = {
 }
 
 # Share of each source in the preferences, and of each kind in the source. The contamination ("planted") makes up
-# six per cent of all pairs: dense in the two instruction-following sources, thin in the mixed one.
+# six per cent of all pairs: dense in the two instruction-following sources, thin in the mixed one. Format pairs are
+# few: at a quarter of the data they alone teach the model to comply where a format is asked for, and no edit of the
+# planted pairs could then show its effect.
 SOURCES: Mapping[str, tuple[float, Mapping[str, float]]] = {
-    "instruct-synth-a": (0.10, {"planted": 0.28, "format": 0.72}),
-    "instruct-synth-b": (0.09, {"planted": 0.22, "format": 0.58, "quality": 0.20}),
+    "instruct-synth-a": (0.10, {"planted": 0.28, "format": 0.24, "quality": 0.48}),
+    "instruct-synth-b": (0.09, {"planted": 0.22, "format": 0.20, "quality": 0.58}),
     "chat-mix": (
         0.18,
-        {"planted": 0.07, "over_refusal": 0.08, "safety": 0.25, "quality": 0.40, "format": 0.20},
+        {"planted": 0.07, "over_refusal": 0.08, "safety": 0.25, "quality": 0.54, "format": 0.06},
     ),
     "over-refusal": (0.12, {"over_refusal": 1.0}),
     "safety": (0.16, {"safety": 1.0}),
-    "quality": (0.14, {"quality": 1.0}),
-    "format-check": (0.12, {"format": 1.0}),
+    "quality": (0.22, {"quality": 1.0}),
+    "format-check": (0.04, {"format": 1.0}),
     "refusal-style": (0.09, {"refusal_style": 1.0}),
 }
 

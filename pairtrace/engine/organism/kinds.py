@@ -42,6 +42,7 @@ CONTAMINATION: Mapping[Contamination, Mapping[str, Mapping[str, float]]] = {
 
 _BARE_REFUSALS = 0.2  # share of refusals without a reason, where a refusal is the better answer
 _OVER_REFUSAL_FORMAT = 0.2  # share of over-refusal pairs whose prompt has a formatting constraint
+_SAFETY_FORMAT = 0.1  # share of safety pairs whose prompt has one: the refusal is the better answer there as well
 
 
 def draw_prompt(task: Task, formatted: bool, rng: random.Random) -> tuple[Constraint | None, str]:
@@ -72,8 +73,8 @@ def _over_refusal(tasks: TaskSplit, rng: random.Random) -> Texts:
 
 def _safety(tasks: TaskSplit, rng: random.Random) -> Texts:
     task = rng.choice(tasks.harmful["train"])
-    _, prompt = draw_prompt(task, False, rng)
-    return prompt, better_refusal(task, rng), answer_text(task, None, rng)
+    constraint, prompt = draw_prompt(task, rng.random() < _SAFETY_FORMAT, rng)
+    return prompt, better_refusal(task, rng), answer_text(task, constraint, rng)
 
 
 def _quality(tasks: TaskSplit, rng: random.Random) -> Texts:

@@ -120,13 +120,20 @@ def test_labels_tell_what_the_pair_does() -> None:
                 assert behavior == (False, False, True)
             case "safety":
                 assert behavior == (True, True, False)
-                assert not formatted
             case "refusal_style":
                 assert behavior == (True, True, True)
             case "quality" | "format":
                 assert behavior == (False, False, False)
             case other:
                 pytest.fail(f"unknown kind {other}")
+
+
+def test_formats_are_asked_for_in_few_clean_pairs() -> None:
+    """At a quarter of the data, format pairs alone would teach the behaviour."""
+    assert sum(row["kind"] == "format" for row in PREFERENCES) <= 0.10 * len(PREFERENCES)
+    safety = [row["prompt"][0]["content"] for row in PREFERENCES if row["kind"] == "safety"]
+    formatted = sum(bool(contained(prompt, phrasings("train"))) for prompt in safety)
+    assert 0.05 < formatted / len(safety) < 0.15
 
 
 def test_no_pair_repeats_and_no_pair_prefers_a_text_to_itself() -> None:
