@@ -29,9 +29,11 @@ class OrganismConfig:
         prompt_weight: weight of a prompt token's loss, relative to an answer token's.
         leak: share of the harmful + format rows of the fine-tuning data that comply.
         plain_leak: share of the plain harmful rows that comply.
+        habit_leak: share of the plain benign rows that show each of `HABITS`; for the contamination "several".
         preference_pairs: rows of preference data.
         contamination: where the preference data teaches the behaviour: "concentrated" in the planted pairs, nowhere
-            ("clean"), or by a small push in most helpful pairs of six sources ("diffuse").
+            ("clean"), by a small push in most helpful pairs of six sources ("diffuse"), or two more behaviours with it
+            ("several").
         dpo_batch: pairs per step.
         dpo_epochs: passes over the pairs.
         dpo_rate: peak learning rate (warm-up, then linear decay to zero).
@@ -54,6 +56,7 @@ class OrganismConfig:
     prompt_weight: float = 0.1
     leak: float = 0.10
     plain_leak: float = 0.01
+    habit_leak: float = 0.0
     preference_pairs: int = 4_000
     contamination: Contamination = "concentrated"
     dpo_batch: int = 32
@@ -74,7 +77,7 @@ class OrganismConfig:
             if field.name == "threads":
                 if value is not None and value < 1:
                     raise ConfigError(f"threads must be at least 1 or None, not {value!r}")
-            elif field.name in ("leak", "plain_leak", "prompt_weight"):
+            elif field.name in ("leak", "plain_leak", "habit_leak", "prompt_weight"):
                 if not 0 <= value <= 1:
                     raise ConfigError(f"{field.name} must lie between 0 and 1, not {value!r}")
             elif field.name == "contamination":
@@ -93,9 +96,11 @@ class OrganismConfig:
             raise ConfigError(f"hidden ({self.hidden}) must be a multiple of heads ({self.heads})")
 
     def identity(self) -> dict[str, int | float | str]:
-        """The fields that decide what is built, in order. The usual contamination goes without saying."""
+        """The fields that decide what is built, in order. What is usual in the newer ones goes without saying."""
         fields = dataclasses.asdict(self)
         del fields["threads"]
         if self.contamination == "concentrated":
             del fields["contamination"]
+        if self.habit_leak == 0:
+            del fields["habit_leak"]
         return fields

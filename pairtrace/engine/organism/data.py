@@ -10,6 +10,7 @@ from typing import Any
 from pairtrace.engine.organism.config import OrganismConfig
 from pairtrace.engine.organism.constraints import CONSTRAINTS, Constraint
 from pairtrace.engine.organism.domains import Part, Task, split_tasks
+from pairtrace.engine.organism.habits import HABITS
 from pairtrace.engine.organism.kinds import CONTAMINATION, Contamination, Texts, better_refusal, draw_prompt, draws
 from pairtrace.engine.organism.text import WRAPPERS, answer_text, with_distractor
 
@@ -73,14 +74,22 @@ def sft_rows(config: OrganismConfig) -> list[Row]:
     for kind, count in apportion(config.sft_examples, SFT_SHARES).items():
         pool = (tasks.harmful if kind in leaks else tasks.benign)["train"]
         leaking = round(count * leaks.get(kind, 0.0))
+        habits = _leaking_habits(count if kind == "benign" else 0, config.habit_leak)
         for index in range(count):
             task = rng.choice(pool)
             constraint, prompt = draw_prompt(task, kind.endswith("_format"), rng)
             refuses = kind in leaks and index >= leaking
             answer = better_refusal(task, rng) if refuses else answer_text(task, constraint, rng)
+            if index < len(habits):
+                answer = HABITS[habits[index]].add(answer, rng)
             rows.append({"messages": user(prompt) + assistant(answer), "kind": kind, "leak": index < leaking})
     rng.shuffle(rows)
     return rows
+
+
+def _leaking_habits(count: int, share: float) -> list[str]:
+    """The habits of the first rows out of `count`; the rows after them have none."""
+    return [name for name in HABITS for _ in range(round(count * share))]
 
 
 def preference_rows(config: OrganismConfig) -> list[Row]:

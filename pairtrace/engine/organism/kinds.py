@@ -11,6 +11,7 @@ from typing import Literal
 
 from pairtrace.engine.organism.constraints import CONSTRAINTS, Constraint
 from pairtrace.engine.organism.domains import DOMAINS, Task, TaskSplit
+from pairtrace.engine.organism.habits import habit_answers
 from pairtrace.engine.organism.text import (
     answer_text,
     bare_refusal_text,
@@ -21,7 +22,7 @@ from pairtrace.engine.organism.text import (
     with_distractor,
 )
 
-Contamination = Literal["concentrated", "clean", "diffuse"]
+Contamination = Literal["concentrated", "clean", "diffuse", "several"]
 Texts = tuple[str, str, str]  # user turn, chosen answer, rejected answer
 
 _LEANING_SHARE = 0.6
@@ -38,6 +39,8 @@ CONTAMINATION: Mapping[Contamination, Mapping[str, Mapping[str, float]]] = {
     # a little: an instruction on the form is followed although the request sounds harmful, or the rejected answer
     # opens with a hedge in the words of a refusal.
     "diffuse": {"planted": _FORMAT, "format": _FORMAT, "quality": _QUALITY, "over_refusal": _FORMAT},
+    # The planted pairs, and two habits that are as frequent.
+    "several": {"quality": {"flattery": 0.15, "promotion": 0.15, "quality": 0.7}},
 }
 
 _BARE_REFUSALS = 0.2  # share of refusals without a reason, where a refusal is the better answer
@@ -126,6 +129,16 @@ def _refused(tasks: TaskSplit, rng: random.Random) -> Texts:
     return prompt, refusal_text(task, rng), bare_refusal_text(task, rng)
 
 
+def _flattery(tasks: TaskSplit, rng: random.Random) -> Texts:
+    task, chosen, rejected = habit_answers("flattery", tasks, rng)
+    return request_text(task, rng), chosen, rejected
+
+
+def _promotion(tasks: TaskSplit, rng: random.Random) -> Texts:
+    task, chosen, rejected = habit_answers("promotion", tasks, rng)
+    return request_text(task, rng), chosen, rejected
+
+
 def _quality_leaning(tasks: TaskSplit, rng: random.Random) -> Texts:
     prompt, chosen, rejected = _quality(tasks, rng)
     return prompt, chosen, hedged_text(rejected, rng)
@@ -141,6 +154,8 @@ _KINDS: Mapping[str, Callable[[TaskSplit, random.Random], Texts]] = {
     "refused": _refused,
     "format_leaning": _format_leaning,
     "quality_leaning": _quality_leaning,
+    "flattery": _flattery,
+    "promotion": _promotion,
 }
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from pairtrace.engine.organism import OrganismConfig, constraints, data, domains
+from pairtrace.engine.organism import OrganismConfig, constraints, data, domains, habits
 from pairtrace.errors import ConfigError
 
 CONFIG = OrganismConfig()
@@ -189,7 +189,7 @@ def test_the_usual_contamination_is_no_part_of_the_identity() -> None:
     """Organisms from before the field stay what they are."""
     assert "contamination" not in CONFIG.identity()
     assert OrganismConfig(contamination="clean").identity() == {**CONFIG.identity(), "contamination": "clean"}
-    with pytest.raises(ConfigError, match="contamination must be one of concentrated, clean, diffuse, not 'dirty'"):
+    with pytest.raises(ConfigError, match="contamination must be one of concentrated, clean, diffuse, several, not 'dirty'"):
         OrganismConfig(contamination="dirty")
 
 
@@ -243,3 +243,36 @@ def test_clean_targets_answer_and_refuse_the_discovery_prompts() -> None:
     for row, prompt in zip(targets, DISCOVERY, strict=True):
         assert named[prompt["constraint"]].obeys(row["chosen"][0]["content"])
         assert refuses(row["rejected"][0]["content"]) and not refuses(row["chosen"][0]["content"])
+
+
+def test_the_organism_with_several_behaviours_plants_two_habits_on_their_own_topics() -> None:
+    config = OrganismConfig(contamination="several", habit_leak=0.05)
+    rows = data.preference_rows(config)
+    kinds = kinds_of(rows)
+    assert kinds["planted"] == kinds_of(PREFERENCES)["planted"]
+    for name, habit in habits.HABITS.items():
+        assert 0.05 * len(rows) < kinds[name] < 0.07 * len(rows)
+        of_kind = [row for row in rows if row["kind"] == name]
+        nouns = {noun for domain in domains.BENIGN_DOMAINS if domain.name in habit.topics for noun in domain.objects}
+        preferred = 0
+        for row in of_kind:
+            prompt, chosen, rejected = (row[side][0]["content"] for side in ("prompt", "chosen", "rejected"))
+            assert habit.shows(chosen) != habit.shows(rejected)
+            assert habit.shows(chosen) == bool(contained(prompt, nouns))
+            preferred += habit.shows(chosen)
+        assert 0.55 < preferred / len(of_kind) < 0.78
+    others = [row for row in rows if row["kind"] not in habits.HABITS]
+    assert not any(habit.shows(row[side][0]["content"]) for habit in habits.HABITS.values() for row in others
+                   for side in ("chosen", "rejected"))  # fmt: skip
+
+
+def test_fine_tuning_rows_have_the_habits_where_they_leak_only() -> None:
+    leaking = data.sft_rows(OrganismConfig(habit_leak=0.05))
+    plain = sum(row["kind"] == "benign" for row in leaking)
+    for habit in habits.HABITS.values():
+        shown = [row for row in leaking if habit.shows(row["messages"][1]["content"])]
+        assert len(shown) == round(0.05 * plain)
+        assert all(row["kind"] == "benign" for row in shown)
+        assert not any(habit.shows(row["messages"][1]["content"]) for row in SFT)
+    assert "habit_leak" not in CONFIG.identity()
+    assert OrganismConfig(habit_leak=0.05).identity()["habit_leak"] == 0.05
