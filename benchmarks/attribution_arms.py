@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 from attribution_stages import (
@@ -28,6 +28,10 @@ from attribution_stages import (
 from pairtrace.engine.edit import edit
 from pairtrace.engine.edit_config import EditConfig
 from pairtrace.engine.selection import SelectionRule
+
+if TYPE_CHECKING:
+    from pairtrace.engine.organism.config import OrganismConfig
+    from pairtrace.engine.training.config import TrainConfig
 
 # Name of the behaviour in the scores file of a method, where it is not the method's own.
 _BEHAVIOR = {"pairtrace": BEHAVIOR, "pairtrace-bank": f"{BEHAVIOR}-bank"}
@@ -106,11 +110,19 @@ def edit_size(work: Path, place: str, arm: Arm, folder: Path) -> int:
 
 def train_arm(work: Path, recipe: Figures, data: Path, out: Path, dpo_seed: int) -> Figures:
     """DPO by `pairtrace train`, with the settings of the organism's own M1."""
-    from pairtrace.engine.training.config import TrainConfig
     from pairtrace.engine.training.train import train
 
-    place, organism = place_of(recipe), organism_config(recipe)
-    config = TrainConfig(
+    summary = train(training_config(work, place_of(recipe), organism_config(recipe), data, out, seed=dpo_seed))
+    return {"trained": summary.trained, "train_seconds": summary.seconds}
+
+
+def training_config(
+    work: Path, place: str, organism: OrganismConfig, data: Path, out: Path, *, seed: int, **more: Any
+) -> TrainConfig:
+    """How `pairtrace train` trains an M1 as the organism's own recipe does."""
+    from pairtrace.engine.training.config import TrainConfig
+
+    return TrainConfig(
         model=str(organism_folder(work, place) / "m0"),
         data=str(data),
         out=str(out),
@@ -120,13 +132,12 @@ def train_arm(work: Path, recipe: Figures, data: Path, out: Path, dpo_seed: int)
         batch_size=organism.dpo_batch,
         adam_beta2=0.95,
         group_by_length=True,
-        seed=dpo_seed,
+        seed=seed,
         device="cpu",
         save_steps=0,
         reference_cache=str(work / place / "reference"),
+        **more,
     )
-    summary = train(config)
-    return {"trained": summary.trained, "train_seconds": summary.seconds}
 
 
 def evaluate_arm(work: Path, place: str, model: Path, folder: Path) -> Figures:

@@ -194,9 +194,9 @@ def time_of(done: Mapping[str, Results], processes: int) -> Results:
     wall: dict[str, float] = {}
     for name, task in done.items():
         part = name.split("/")[1]
-        built = sum(task["result"]["seconds"].values()) if part == "organism" else None
-        cpu[part] = cpu.get(part, 0.0) + (task["cpu_seconds"] if built is None else built)
-        wall[part] = wall.get(part, 0.0) + (task["seconds"] if built is None else built)
+        for total, figure in ((cpu, "cpu_seconds"), (wall, "seconds")):
+            took = sum(task["result"][figure].values()) if part == "organism" else task[figure]
+            total[part] = total.get(part, 0.0) + took
     arms = [task["cpu_seconds"] for name, task in done.items() if "/arms/" in name]
     return {
         "cpu_seconds_by_part": cpu,

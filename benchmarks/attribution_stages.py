@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from harness import say
 
 from pairtrace.engine.baselines.scores_file import write_baseline
 from pairtrace.engine.baselines.simple import LengthConfig, RandomConfig, score_length, score_random
@@ -74,9 +75,23 @@ def build(work: Path, needs: Figures, *, recipe: Figures) -> Figures:
     made = build_organism(
         config,
         organism_folder(work, place_of(recipe)),
-        m0_of=None if config.contamination == "concentrated" else usual,
+        m0_of=usual if config.contamination in ("clean", "diffuse") else None,
     )
-    return {"seconds": made.seconds, "planted": int((kinds(work, place_of(recipe)) == PLANTED).sum())}
+    return {
+        "seconds": made.seconds,
+        "cpu_seconds": made.cpu_seconds,
+        "planted": int((kinds(work, place_of(recipe)) == PLANTED).sum()),
+    }
+
+
+def take_over(organisms: Path, work: Path, seeds: Iterable[int]) -> None:
+    """Copy finished organisms of the same recipe; what is not there will be trained."""
+    for place in (f"seed{seed}{variant}" for seed in seeds for variant in ("", "-clean", "-diffuse")):
+        there, here = organism_folder(organisms, place), organism_folder(work, place)
+        if there.is_dir() and not here.exists():
+            here.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(there, here)
+            say(f"{place}: organism of {there}")
 
 
 def kinds(work: Path, place: str) -> np.ndarray:

@@ -11,7 +11,6 @@ DPO, and is judged on held-out prompts; the edits, the training and the evaluati
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +18,10 @@ from typing import Any
 
 from attribution_arms import Arm, clear_scratch
 from attribution_report import claims_of, report
-from attribution_stages import organism_folder, place_of
+from attribution_stages import place_of, take_over
 from attribution_tables import attribution_table
 from attribution_tasks import Task, run_tasks
-from harness import parser, record, say
+from harness import parser, record
 
 from pairtrace.engine.organism.config import OrganismConfig
 
@@ -213,7 +212,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     clear_scratch(work)
     if chosen.organisms is not None:
-        take_over(chosen.organisms, work, plan)
+        take_over(chosen.organisms, work, plan.seeds)
     tasks = tasks_of(plan)
     done, failed = run_tasks(tasks, work, chosen.processes)
     if failed:
@@ -231,17 +230,6 @@ def main() -> None:
     }
     content = record("bench_attribution", chosen, workload=workload, results=results, claims=claims_of(results))
     print(attribution_table(content))
-
-
-def take_over(organisms: Path, work: Path, plan: Plan) -> None:
-    """Copy finished organisms of the same recipe; what is not there will be trained."""
-    for seed in plan.seeds:
-        there = organism_folder(organisms, f"seed{seed}")
-        here = organism_folder(work, f"seed{seed}")
-        if there.is_dir() and not here.exists():
-            here.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copytree(there, here)
-            say(f"seed {seed}: organism of {there}")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,9 @@ def _edit(
     min_lift: Annotated[
         float, typer.Option(help="With --drop-sources: share of the selected over share of the data (low end).")
     ] = 1.0,
+    coverage: Annotated[
+        float, typer.Option(help="With --drop-sources: enough when this share of the selected (by score) is gone.")
+    ] = 0.9,
     store: Annotated[str | None, typer.Option(help="Activation store, for --null random [default: recorded].")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random directions.")] = 0,
     split: Split = None,
@@ -68,6 +71,7 @@ def _edit(
         drop=tuple(drop or ()),
         by=by,
         min_lift=min_lift,
+        coverage=coverage,
         store=store,
         seed=seed,
         split=split,

@@ -27,8 +27,9 @@ class EditConfig:
         behavior: name; may be left out when the scores have one behaviour.
         drop: for "drop-sources": these sources instead of the over-represented ones.
         by: for "drop-sources": column of the data that takes the place of the source.
-        min_lift: for "drop-sources": a source goes when the low end of the interval of its lift (share of the top
-            over share of the data) is above this.
+        min_lift: for "drop-sources": a source goes when the low end of the interval of its lift (share of the top, by
+            score above the cut, over share of the data) is above this; see `guilty_sources`.
+        coverage: for "drop-sources": no more sources go once those that do hold this share of the top.
         store: the activation store, for the random null; None takes the path that the scores recorded.
         seed: of the random directions.
         split: of a data set that has several.
@@ -43,6 +44,7 @@ class EditConfig:
     drop: tuple[str, ...] = ()
     by: str | None = None
     min_lift: float = 1.0
+    coverage: float = 0.9
     store: str | None = None
     seed: int = 0
     split: str | None = None
@@ -62,6 +64,8 @@ class EditConfig:
             raise ConfigError("expected one of -k, --fraction, --threshold and --fdr, got none")
         if self.min_lift < 0:
             raise ConfigError(f"--min-lift is {self.min_lift}; expected at least 0")
+        if not 0 < self.coverage <= 1:
+            raise ConfigError(f"--coverage is {self.coverage}; expected above 0 and at most 1")
 
     @property
     def changes(self) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from pairtrace.engine.edit_config import EditConfig, SourceChange
-from pairtrace.engine.intervals import wilson_interval
+from pairtrace.engine.guilty_sources import guilty_sources, score_mass
 from pairtrace.engine.pairs import PairSource
 from pairtrace.engine.progress import Progress
 from pairtrace.engine.scores_table import ScoresTable
@@ -136,7 +136,7 @@ def decide(
     change = np.full(count, KEEP, np.uint8)
     dropped: tuple[str, ...] = ()
     if config.action == "drop-sources":
-        reason, dropped = _sources_to_drop(config, groups, ranked.ranks, selection)
+        reason, dropped = _sources_to_drop(config, groups, ranked, selection)
         change[np.isin(groups.astype(str), np.array(dropped, dtype=str))] = REMOVE
     else:
         assert config.rule is not None and selection is not None
@@ -186,7 +186,7 @@ def source_changes(decision: Decision) -> tuple[SourceChange, ...]:
 
 
 def _sources_to_drop(
-    config: EditConfig, groups: np.ndarray, ranks: np.ndarray, selection: Selection | None
+    config: EditConfig, groups: np.ndarray, ranked: RankedRows, selection: Selection | None
 ) -> tuple[str, tuple[str, ...]]:
     """The reason in words, and the sources."""
     what = "source" if config.by is None else config.by
@@ -200,21 +200,24 @@ def _sources_to_drop(
             )
         return f"{what} named", tuple(sorted(set(config.drop)))
     assert selection is not None and config.rule is not None
-    ranked = ranks > 0
-    rows = np.bincount(place[ranked], minlength=len(names))
-    top = np.bincount(place[selection.rows], minlength=len(names))
-    share_of_data = rows / rows.sum()
-    chosen = []
-    for name, in_top, share in zip(names.tolist(), top.tolist(), share_of_data.tolist(), strict=True):
-        if share and wilson_interval(in_top, len(selection.rows), CONFIDENCE)[0] / share > config.min_lift:
-            chosen.append(name)
+    chosen = guilty_sources(
+        place,
+        score_mass(ranked.scores, selection.rows, ranked.ranks > 0),
+        ranked.ranks > 0,
+        min_lift=config.min_lift,
+        coverage=config.coverage,
+        confidence=CONFIDENCE,
+    )
     if not chosen:
         raise ConfigError(
             f"no {what} has a lift above {config.min_lift:g} in {config.rule.describe()} (low end of its "
             f"{CONFIDENCE:.0%} interval): nothing to drop; name some with --drop, or see pairtrace sources"
         )
-    reason = f"{what} with a lift above {config.min_lift:g} in {config.rule.describe()}"
-    return reason, tuple(chosen)
+    reason = (
+        f"{what} with a lift above {config.min_lift:g} in {config.rule.describe()}, until {config.coverage:.0%} of it "
+        "is covered"
+    )
+    return reason, tuple(names[chosen].tolist())
 
 
 def _column(source: PairSource, schema: pa.Schema, name: str, count: int) -> np.ndarray:

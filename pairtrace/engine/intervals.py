@@ -8,14 +8,14 @@ from statistics import NormalDist
 from pairtrace.errors import ConfigError
 
 
-def wilson_interval(count: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson_interval(count: float, total: float, confidence: float = 0.95) -> tuple[float, float]:
     """Interval of the probability behind `count` successes in `total` trials.
 
     The Wilson score interval (E. B. Wilson, "Probable inference, the law of succession, and statistical inference",
     JASA 22, 1927), two-sided, without continuity correction.
 
     Args:
-        count: successes, 0 to `total`.
+        count: successes, 0 to `total`; not a whole number where weighted trials have an effective number.
         total: trials; 0 gives the interval (0, 1), since nothing is known.
         confidence: between 0 and 1, exclusive.
 

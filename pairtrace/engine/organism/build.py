@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pairtrace.version import __version__
 
 SCHEMA_VERSION = 1
 
-_SFT = "sft.jsonl"
+_SFT, _DOCUMENTS = "sft.jsonl", "documents.jsonl"
 # Fields that M0 does not depend on.
 _AFTER_M0 = frozenset({
     "preference_pairs", "contamination", "dpo_batch", "dpo_epochs", "dpo_rate", "dpo_beta", "discovery_prompts",
@@ -29,6 +30,7 @@ _AFTER_M0 = frozenset({
 })  # fmt: skip
 _TEXTS: dict[str, Callable[[OrganismConfig], list[data.Row]]] = {
     _SFT: data.sft_rows,
+    _DOCUMENTS: data.document_rows,
     "preferences.jsonl": data.preference_rows,
     "discovery.jsonl": data.discovery_rows,
     "evaluation.jsonl": data.evaluation_rows,
@@ -47,7 +49,8 @@ class Organism:
         discovery: jsonl prompts (`id`, `prompt`, `distractor`) to build the behaviour from.
         evaluation: jsonl held-out prompts (`id`, `prompt`, `distractor`, `constraint`, `cell`).
         description: json with the configuration, counts, the leak, versions and seconds of each stage.
-        seconds: seconds that each stage took when it was built.
+        seconds: wall seconds that each stage took when it was built.
+        cpu_seconds: CPU seconds of the process; the wall seconds where an earlier version built it.
     """
 
     root: Path
@@ -58,6 +61,7 @@ class Organism:
     evaluation: Path
     description: Path
     seconds: dict[str, float]
+    cpu_seconds: dict[str, float]
 
 
 def build_organism(
@@ -93,9 +97,13 @@ def build_organism(
     for name, stage in stages.items():
         if name in state["stages"]:
             continue
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         figures = stage()
-        state["stages"][name] = {"seconds": round(time.perf_counter() - began, 3), **figures}
+        state["stages"][name] = {
+            "seconds": round(time.perf_counter() - began, 3),
+            "cpu_seconds": round(time.process_time() - worked, 3),
+            **figures,
+        }
         _write_json(description, state)
     return Organism(
         root=out,
@@ -105,7 +113,8 @@ def build_organism(
         discovery=out / "discovery.jsonl",
         evaluation=out / "evaluation.jsonl",
         description=description,
-        seconds={name: state["stages"][name]["seconds"] for name in stages},
+        seconds={name: stage["seconds"] for name, stage in state["stages"].items()},
+        cpu_seconds={name: stage.get("cpu_seconds", stage["seconds"]) for name, stage in state["stages"].items()},
     )
 
 
@@ -166,7 +175,7 @@ def _write_texts(config: OrganismConfig, out: Path, progress: Progress) -> dict[
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         counts[name] = {"rows": len(rows)}
         for column in ("kind", "source", "cell", "leak"):
-            if column in rows[0]:
+            if rows and column in rows[0]:
                 counts[name][column] = dict(sorted(Counter(str(row[column]) for row in rows).items()))
         progress.advance(1)
     progress.finish()
@@ -177,10 +186,11 @@ def _build_m0(config: OrganismConfig, out: Path, progress: Progress) -> dict[str
     from pairtrace.engine.organism import model as models
     from pairtrace.engine.organism import training
 
-    rows = _read_rows(out / _SFT)
+    rows, documents = _read_rows(out / _SFT), [row["text"] for row in _read_rows(out / _DOCUMENTS)]
     texts = (message["content"] for row in rows for message in row["messages"])
-    tokenizer = models.train_tokenizer(texts, config.vocabulary)
+    tokenizer = models.train_tokenizer(chain(texts, documents), config.vocabulary)
     examples = training.encode(tokenizer, [row["messages"][:1] for row in rows], [row["messages"][1:] for row in rows])
+    examples += training.encode_documents(tokenizer, documents) if documents else []
     with _torch_settings(config):
         model = models.new_model(config, tokenizer)
         training.fine_tune(model, examples, config, progress=progress)
@@ -202,7 +212,8 @@ def _copy_m0(config: OrganismConfig, source: Path, out: Path) -> dict[str, Any]:
         shutil.copytree(source / "m0", partial)
     figures = dict(state["stages"]["m0"])
     # What it took to train, when it was trained.
-    return {"copied": True, "training_seconds": figures.pop("seconds"), **figures}
+    took = {f"training_{name}": figures.pop(name) for name in ("seconds", "cpu_seconds") if name in figures}
+    return {"copied": True, **took, **figures}
 
 
 def _build_m1(config: OrganismConfig, out: Path, progress: Progress) -> dict[str, Any]:

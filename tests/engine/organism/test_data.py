@@ -189,7 +189,9 @@ def test_the_usual_contamination_is_no_part_of_the_identity() -> None:
     """Organisms from before the field stay what they are."""
     assert "contamination" not in CONFIG.identity()
     assert OrganismConfig(contamination="clean").identity() == {**CONFIG.identity(), "contamination": "clean"}
-    with pytest.raises(ConfigError, match="contamination must be one of concentrated, clean, diffuse, several, not 'dirty'"):
+    with pytest.raises(
+        ConfigError, match="contamination must be one of concentrated, clean, diffuse, several, not 'dirty'"
+    ):
         OrganismConfig(contamination="dirty")
 
 

@@ -1,0 +1,85 @@
+"""The README's tables about discovery, each from one record."""
+
+from __future__ import annotations
+
+from speed_tables import Record, missed, table, where
+
+_LABELS = {
+    "pairtrace": "**pairtrace**, reduction included",
+    "hdbscan-exact": "hdbscan, exact (the reference)",
+    "hdbscan": "hdbscan, its default",
+    "sklearn": "scikit-learn HDBSCAN",
+    "fast-hdbscan": "fast-hdbscan",
+    "evoc": "evoc",
+}
+
+
+def rows_table(content: Record) -> str:
+    """Clusters among up to a million directions."""
+    rows = []
+    for count, methods in content["results"].items():
+        for name, run in methods.items():
+            if not run["finished"]:
+                rows.append([f"{int(count):,}", _LABELS.get(name, name), f"{run['why']} s", "", "", "", ""])
+                continue
+            exact = run.get("ari_exact_clustered")
+            rows.append(
+                [
+                    f"{int(count):,}",
+                    _LABELS.get(name, name),
+                    f"{run['seconds']:,.0f}",
+                    f"{run['peak_memory_gb']:.1f}",
+                    f"{run['ari_planted_clustered']:.3f}",
+                    f"{run['noise_recall']:.3f}",
+                    "" if exact is None else f"{exact:.3f}",
+                ]
+            )
+    work = content["workload"]
+    head = ["rows", "method", "seconds", "peak GB", "ARI with the planted", "noise found", "ARI with exact"]
+    return (
+        f"{table(head, rows)}\n\n"
+        f"{work['directions']} planted directions of width {work['width']}, {work['noise']:.0%} of the rows noise; ARI "
+        f"over rows that both call clustered. {where(content)}{missed(content)}"
+    )
+
+
+def organisms_table(content: Record) -> str:
+    """Behaviours found without labels, and when a monitor saw them."""
+    rows = []
+    for place, one in content["results"]["organisms"].items():
+        found, watched = one["discovery"], one.get("watch")
+        flagged = sum(cluster["flagged"] for cluster in found["clusters"])
+        if watched is None:
+            alert = ""
+        else:
+            steps = [raised["step"] for raised in watched["alerts"]]
+            alert = f"step {min(steps)} of {watched['steps']}" if steps else "none"
+        # A clean organism has nothing to find, whatever a few of its answers do.
+        planted = {} if place.endswith("-clean") else found["best"]
+        for number, (behavior, best) in enumerate(planted.items() or [("nothing planted", None)]):
+            first = number == 0
+            rows.append(
+                [
+                    place if first else "",
+                    f"{found['items']}" if first else "",
+                    f"{len(found['clusters'])} ({flagged})" if first else "",
+                    behavior,
+                    "" if best is None else f"{best['purity']:.2f} / {best['recall']:.2f}",
+                    "" if best is None or best["roc_auc"] is None else f"{best['roc_auc']:.3f}",
+                    alert if first else "",
+                ]
+            )
+    head = ["organism", "answers changed", "clusters (flagged)", "behaviour", "purity / recall of its cluster"]
+    head += ["ROC-AUC of its direction", "first alert of the monitor"]
+    indices = [
+        f"{place} {one['discovery']['adjusted_rand_index']:.2f}"
+        for place, one in content["results"]["organisms"].items()
+        if one["discovery"]["adjusted_rand_index"] is not None
+    ]
+    return (
+        f"{table(head, rows)}\n\n"
+        "No label goes into the clusters; behaviours are told from the models' answers afterwards, the ROC-AUC is that "
+        "of the planted pairs when all pairs are scored with the cluster's own direction. Adjusted Rand index of the "
+        f"organisms with three behaviours: {', '.join(indices)}. The monitor looks every "
+        f"{content['workload']['monitor_steps']} steps. {where(content)}{missed(content)}"
+    )
