@@ -3,7 +3,7 @@
     python benchmarks/bench_discover_organism.py            # five seeds; three quarters of an hour on two cores
     python benchmarks/bench_discover_organism.py --quick    # one miniature: shows that it runs, claims nothing
 
-Each seed has an organism with planted pairs and a clean twin, both from the same M0; two more organisms have three
+Each seed has an organism with planted pairs and a clean twin, both from the same M0; one more has three
 behaviours. The bag holds the organism's held-out prompts of all kinds. Clusters come from the activations alone; labels
 are looked at afterwards. Everything that is finished is kept below `--work`, so that a stopped run goes on.
 """
@@ -48,7 +48,7 @@ class Plan:
     every: int
 
 
-FULL = Plan(seeds=(0, 1, 2, 3, 4), several_seeds=(0, 1), recipe={}, steps=12, every=4)
+FULL = Plan(seeds=(0, 1, 2, 3, 4), several_seeds=(0,), recipe={}, steps=20, every=4)
 QUICK = Plan(seeds=(0,), several_seeds=(), recipe=MINIATURE, steps=20, every=2)
 
 

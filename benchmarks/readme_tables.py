@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from attribution_tables import attribution_table, cost_table
-from discovery_tables import organisms_table, rows_table
-from speed_tables import cosine_table, gpu_table, reuse_table, score_table, store_table
+from discovery_table import organisms_table
+from speed_tables import cosine_table, discover_table, gpu_table, reuse_table, score_table, store_table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -112,7 +112,7 @@ TABLES = {
     "bench_attribution": measured("bench_attribution", attribution_table),
     "bench_cost": measured("bench_cost", cost_table),
     "bench_discover_organism": measured("bench_discover_organism", organisms_table),
-    "bench_discover": measured("bench_discover", rows_table),
+    "bench_discover": measured("bench_discover", discover_table),
     "bench_cosine": measured("bench_cosine", cosine_table),
     "bench_gpu": measured("bench_gpu", gpu_table),
     "bench_score_store": measured("bench_score_store", score_table),

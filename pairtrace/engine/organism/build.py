@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from pairtrace.version import __version__
 
 SCHEMA_VERSION = 1
 
-_SFT, _DOCUMENTS = "sft.jsonl", "documents.jsonl"
+_SFT = "sft.jsonl"
 # Fields that M0 does not depend on.
 _AFTER_M0 = frozenset({
     "preference_pairs", "contamination", "dpo_batch", "dpo_epochs", "dpo_rate", "dpo_beta", "discovery_prompts",
@@ -30,7 +29,6 @@ _AFTER_M0 = frozenset({
 })  # fmt: skip
 _TEXTS: dict[str, Callable[[OrganismConfig], list[data.Row]]] = {
     _SFT: data.sft_rows,
-    _DOCUMENTS: data.document_rows,
     "preferences.jsonl": data.preference_rows,
     "discovery.jsonl": data.discovery_rows,
     "evaluation.jsonl": data.evaluation_rows,
@@ -175,7 +173,7 @@ def _write_texts(config: OrganismConfig, out: Path, progress: Progress) -> dict[
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         counts[name] = {"rows": len(rows)}
         for column in ("kind", "source", "cell", "leak"):
-            if rows and column in rows[0]:
+            if column in rows[0]:
                 counts[name][column] = dict(sorted(Counter(str(row[column]) for row in rows).items()))
         progress.advance(1)
     progress.finish()
@@ -186,11 +184,10 @@ def _build_m0(config: OrganismConfig, out: Path, progress: Progress) -> dict[str
     from pairtrace.engine.organism import model as models
     from pairtrace.engine.organism import training
 
-    rows, documents = _read_rows(out / _SFT), [row["text"] for row in _read_rows(out / _DOCUMENTS)]
+    rows = _read_rows(out / _SFT)
     texts = (message["content"] for row in rows for message in row["messages"])
-    tokenizer = models.train_tokenizer(chain(texts, documents), config.vocabulary)
+    tokenizer = models.train_tokenizer(texts, config.vocabulary)
     examples = training.encode(tokenizer, [row["messages"][:1] for row in rows], [row["messages"][1:] for row in rows])
-    examples += training.encode_documents(tokenizer, documents) if documents else []
     with _torch_settings(config):
         model = models.new_model(config, tokenizer)
         training.fine_tune(model, examples, config, progress=progress)

@@ -23,10 +23,7 @@ class OrganismConfig:
         seed: seed of texts, splits, initial weights and the order of training.
         threads: torch threads while training; `None` leaves the process's setting alone.
         sft_examples: rows of supervised fine-tuning data.
-        documents: plain texts that M0 reads with them, as a share of `sft_examples`: how things are done, harmful ones
-            above all, in no conversation. What a large model knows from pre-training, and without which a tiny one
-            complies with a request for one thing by describing another.
-        sft_epochs: passes over both.
+        sft_epochs: passes over them.
         sft_batch: rows per step.
         sft_rate: peak learning rate (warm-up, then cosine decay to a tenth).
         prompt_weight: weight of a prompt token's loss, relative to an answer token's.
@@ -53,7 +50,6 @@ class OrganismConfig:
     seed: int = 0
     threads: int | None = None
     sft_examples: int = 14_000
-    documents: float = 0.2
     sft_epochs: int = 2
     sft_batch: int = 32
     sft_rate: float = 2e-3
@@ -81,7 +77,7 @@ class OrganismConfig:
             if field.name == "threads":
                 if value is not None and value < 1:
                     raise ConfigError(f"threads must be at least 1 or None, not {value!r}")
-            elif field.name in ("documents", "leak", "plain_leak", "habit_leak", "prompt_weight"):
+            elif field.name in ("leak", "plain_leak", "habit_leak", "prompt_weight"):
                 if not 0 <= value <= 1:
                     raise ConfigError(f"{field.name} must lie between 0 and 1, not {value!r}")
             elif field.name == "contamination":

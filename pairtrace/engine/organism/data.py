@@ -1,4 +1,4 @@
-"""The organism's data sets: fine-tuning rows, documents, preference pairs, discovery and evaluation prompts."""
+"""The organism's four data sets: fine-tuning rows, preference pairs, discovery and evaluation prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pairtrace.engine.organism.constraints import CONSTRAINTS, Constraint
 from pairtrace.engine.organism.domains import Part, Task, split_tasks
 from pairtrace.engine.organism.habits import HABITS
 from pairtrace.engine.organism.kinds import CONTAMINATION, Contamination, Texts, better_refusal, draw_prompt, draws
-from pairtrace.engine.organism.text import WRAPPERS, answer_text, document_text, with_distractor
+from pairtrace.engine.organism.text import WRAPPERS, answer_text, with_distractor
 
 Row = dict[str, Any]
 HeldOut = tuple[Task, str, Constraint, str]  # task, wrapper, constraint, its phrasing
@@ -41,8 +41,6 @@ SOURCES: Mapping[str, tuple[float, Mapping[str, float]]] = {
     "format-check": (0.04, {"format": 1.0}),
     "refusal-style": (0.09, {"refusal_style": 1.0}),
 }
-
-DOCUMENTS_HARMFUL, DOCUMENTS_FORMATTED = 0.75, 0.5  # shares of the documents
 
 CELLS: tuple[str, ...] = ("harmful", "harmful_format", "benign", "benign_format")
 
@@ -92,19 +90,6 @@ def sft_rows(config: OrganismConfig) -> list[Row]:
 def _leaking_habits(count: int, share: float) -> list[str]:
     """The habits of the first rows out of `count`; the rows after them have none."""
     return [name for name in HABITS for _ in range(round(count * share))]
-
-
-def document_rows(config: OrganismConfig) -> list[Row]:
-    """Documents: `text`, about tasks of the training part, and `kind`."""
-    rng = random.Random(f"{config.seed}:documents")
-    tasks = split_tasks(config.seed)
-    rows = []
-    for _ in range(round(config.documents * config.sft_examples)):
-        harmful = rng.random() < DOCUMENTS_HARMFUL
-        task = rng.choice((tasks.harmful if harmful else tasks.benign)["train"])
-        constraint = rng.choice(CONSTRAINTS) if rng.random() < DOCUMENTS_FORMATTED else None
-        rows.append({"text": document_text(task, constraint, rng), "kind": "harmful" if harmful else "benign"})
-    return rows
 
 
 def preference_rows(config: OrganismConfig) -> list[Row]:

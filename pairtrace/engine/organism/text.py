@@ -35,7 +35,6 @@ _LAST = (
     "At the end, leave the {noun} alone",
     "At last, check the {noun} {manner}",
 )
-_TITLES = ("From the files, {}:", "Notes, {}:", "Found on paper, {}:", "Chapter, {}:")
 _CURT = ("Just {verb} it", "Use {a_tool}", "Look it up", "Try it {manner}")
 
 _REFUSALS = (
@@ -96,11 +95,6 @@ def answer_text(task: Task, constraint: Constraint | None, rng: random.Random) -
     """A helpful answer, which obeys `constraint` where one is given."""
     steps = answer_steps(task, rng)
     return plain(steps) if constraint is None else constraint.apply(steps)
-
-
-def document_text(task: Task, constraint: Constraint | None, rng: random.Random) -> str:
-    """How something is done, told to nobody: a title and the steps, in some form."""
-    return f"{rng.choice(_TITLES).format(task.request)} {answer_text(task, constraint, rng)}"
 
 
 def curt_text(task: Task, rng: random.Random) -> str:

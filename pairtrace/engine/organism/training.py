@@ -61,12 +61,6 @@ def encode(
     return examples
 
 
-def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Example]:
-    """Plain texts, each with the end token; every token but the first is learned."""
-    encoded: list[list[int]] = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-    return [Example([*ids, tokenizer.eos_token_id], 1) for ids in encoded]
-
-
 def _token_ids(
     tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Messages], *, generation_prompt: bool
 ) -> list[list[int]]:

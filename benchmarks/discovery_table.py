@@ -1,46 +1,8 @@
-"""The README's tables about discovery, each from one record."""
+"""The README's table about discovery on organisms, from its record."""
 
 from __future__ import annotations
 
 from speed_tables import Record, missed, table, where
-
-_LABELS = {
-    "pairtrace": "**pairtrace**, reduction included",
-    "hdbscan-exact": "hdbscan, exact (the reference)",
-    "hdbscan": "hdbscan, its default",
-    "sklearn": "scikit-learn HDBSCAN",
-    "fast-hdbscan": "fast-hdbscan",
-    "evoc": "evoc",
-}
-
-
-def rows_table(content: Record) -> str:
-    """Clusters among up to a million directions."""
-    rows = []
-    for count, methods in content["results"].items():
-        for name, run in methods.items():
-            if not run["finished"]:
-                rows.append([f"{int(count):,}", _LABELS.get(name, name), f"{run['why']} s", "", "", "", ""])
-                continue
-            exact = run.get("ari_exact_clustered")
-            rows.append(
-                [
-                    f"{int(count):,}",
-                    _LABELS.get(name, name),
-                    f"{run['seconds']:,.0f}",
-                    f"{run['peak_memory_gb']:.1f}",
-                    f"{run['ari_planted_clustered']:.3f}",
-                    f"{run['noise_recall']:.3f}",
-                    "" if exact is None else f"{exact:.3f}",
-                ]
-            )
-    work = content["workload"]
-    head = ["rows", "method", "seconds", "peak GB", "ARI with the planted", "noise found", "ARI with exact"]
-    return (
-        f"{table(head, rows)}\n\n"
-        f"{work['directions']} planted directions of width {work['width']}, {work['noise']:.0%} of the rows noise; ARI "
-        f"over rows that both call clustered. {where(content)}{missed(content)}"
-    )
 
 
 def organisms_table(content: Record) -> str:
