@@ -52,9 +52,15 @@ def attribution_table(content: Record) -> str:
         "a benign request answered, in the format asked for; k is the number of planted pairs. Seconds are CPU seconds "
         "of everything from the checkpoints to the scores, rollouts included; dollars at "
         f"${results['core_hour']:.2f} per core hour. {_controls(results)} {where(content)} "
-        f"{results['time']['minutes']:.0f} minutes of CPU time on each of {work['processes']} cores "
-        f"({results['time']['wall_minutes']:.0f} by the clock).{missed(content)}"
+        f"{_minutes(results['time'])} on {work['processes']} cores.{missed(content)}"
     )
+
+
+def _minutes(time: Record) -> str:
+    """How long it took; records from before CPU time was kept have that of the clock alone."""
+    if "wall_minutes" not in time:
+        return f"{time['minutes']:.0f} minutes"
+    return f"{time['minutes']:.0f} minutes of CPU time ({time['wall_minutes']:.0f} by the clock)"
 
 
 def _rankings(rankings: Record) -> str:
