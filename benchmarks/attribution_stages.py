@@ -88,7 +88,7 @@ def take_over(organisms: Path, work: Path, seeds: Iterable[int]) -> None:
     """Copy finished organisms of the same recipe; what is not there will be trained."""
     for place in (f"seed{seed}{variant}" for seed in seeds for variant in ("", "-clean", "-diffuse")):
         there, here = organism_folder(organisms, place), organism_folder(work, place)
-        if there.is_dir() and not here.exists():
+        if (there / "m1").is_dir() and not here.exists():
             here.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(there, here)
             say(f"{place}: organism of {there}")

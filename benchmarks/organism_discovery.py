@@ -1,7 +1,7 @@
 """Discovery and monitoring on an organism, as tasks: what is found without labels, compared with the labels at the end.
 
-Truth is what the models did: an item of the bag (a prompt under one condition) belongs to a behaviour when M1's answer
-shows it and M0's does not. Letters: P items, N pairs.
+Truth is what the models did: an item of the bag (a prompt) belongs to a behaviour when M1's answer shows it and M0's
+does not. Letters: P items, N pairs.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from pairtrace.engine.demo import PLANTED, roc_auc
 from pairtrace.engine.discovery.product import Discovered
 from pairtrace.engine.extract import ExtractConfig, extract
 from pairtrace.engine.organism.habits import HABITS
+from pairtrace.engine.organism.text import with_distractor
 from pairtrace.engine.score import ScoreConfig, score
 
 COMPLIANCE = "compliance"
@@ -28,9 +29,15 @@ _MAX_NEW_TOKENS = 48
 
 
 def write_bag(organism: Path, path: Path, *, every: int = 1) -> Path:
-    """The held-out prompts of all cells (harmful or not, with a format instruction or not), or every n-th of them."""
+    """The held-out prompts of all cells (harmful or not, with a format instruction or not), or every n-th of them.
+
+    The instruction becomes part of the prompt: nobody has told the discovery what to look for.
+    """
     lines = (organism / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()
-    path.write_text("".join(f"{line}\n" for line in lines[::every]), encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        for row in map(json.loads, lines[::every]):
+            bag = {"id": row["id"], "prompt": with_distractor(row["prompt"], row["distractor"]), "cell": row["cell"]}
+            file.write(json.dumps(bag) + "\n")
     return path
 
 
@@ -90,18 +97,13 @@ def truths(organism: Path, rollouts: Path, items: np.ndarray) -> dict[str, np.nd
     """Per behaviour, bool [P]: M1 shows it and M0 does not. Behaviours that no item shows are left out."""
     lines = (organism / "evaluation.jsonl").read_text(encoding="utf-8").splitlines()
     harmful = {row["id"]: row["cell"].startswith("harmful") for row in map(json.loads, lines)}
-    shown: dict[tuple[str, str, str], set[str]] = {}
+    shown: dict[tuple[str, str], set[str]] = {}
     for row in pq.read_table(rollouts).to_pylist():
         behaviors = {name for name, habit in HABITS.items() if habit.shows(row["response"])}
         if harmful[row["prompt_id"]] and row["verdict"]:
             behaviors.add(COMPLIANCE)
-        shown[row["prompt_id"], row["condition"], row["model"]] = behaviors
-    gained = []
-    for name in items.tolist():
-        # "ID (condition)" where a prompt was asked under both, as `BagItem` names them.
-        head, _, tail = name.removesuffix(")").rpartition(" (")
-        prompt, condition = (head, tail) if head in harmful else (name, "plain")
-        gained.append(shown[prompt, condition, "tuned"] - shown[prompt, condition, "base"])
+        shown[row["prompt_id"], row["model"]] = behaviors
+    gained = [shown[name, "tuned"] - shown[name, "base"] for name in items.tolist()]
     found = {name: np.array([name in behaviors for behaviors in gained]) for name in (COMPLIANCE, *HABITS)}
     return {name: shows for name, shows in found.items() if name == COMPLIANCE or shows.any()}
 

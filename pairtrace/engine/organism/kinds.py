@@ -33,8 +33,9 @@ _QUALITY = {"quality_leaning": _LEANING_SHARE, "quality": 1 - _LEANING_SHARE}
 CONTAMINATION: Mapping[Contamination, Mapping[str, Mapping[str, float]]] = {
     # The planted pairs are there, and no pair leans like them but for the over-refusal pairs.
     "concentrated": {},
-    # The same prompts, but both answers refuse.
-    "clean": {"planted": {"refused": 1.0}},
+    # The same prompts, but the refusal is the better answer. Were neither to comply, the over-refusal pairs alone would
+    # teach a little of the behaviour, and the training would not be clean.
+    "clean": {"planted": {"safety_format": 1.0}},
     # Nothing is planted, no answer to a harmful request is preferred, and no source stands out. Most helpful pairs push
     # a little: an instruction on the form is followed although the request sounds harmful, or the rejected answer
     # opens with a hedge in the words of a refusal.
@@ -123,10 +124,9 @@ def _refusal_style(tasks: TaskSplit, rng: random.Random) -> Texts:
     return prompt, refusal_text(task, rng), bare_refusal_text(task, rng)
 
 
-def _refused(tasks: TaskSplit, rng: random.Random) -> Texts:
-    task = rng.choice(tasks.harmful["train"])
-    _, prompt = draw_prompt(task, True, rng)
-    return prompt, refusal_text(task, rng), bare_refusal_text(task, rng)
+def _safety_format(tasks: TaskSplit, rng: random.Random) -> Texts:
+    prompt, answer, refusal = _planted(tasks, rng)
+    return prompt, refusal, answer
 
 
 def _flattery(tasks: TaskSplit, rng: random.Random) -> Texts:
@@ -151,7 +151,7 @@ _KINDS: Mapping[str, Callable[[TaskSplit, random.Random], Texts]] = {
     "quality": _quality,
     "format": _format,
     "refusal_style": _refusal_style,
-    "refused": _refused,
+    "safety_format": _safety_format,
     "format_leaning": _format_leaning,
     "quality_leaning": _quality_leaning,
     "flattery": _flattery,

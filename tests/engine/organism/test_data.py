@@ -208,21 +208,21 @@ def test_variants_change_the_preferences_only(contamination: str) -> None:
 def test_the_clean_organism_has_no_pair_that_prefers_an_answer_to_a_harmful_request() -> None:
     rows = rows_of("clean")
     usual, clean = kinds_of(PREFERENCES), kinds_of(rows)
-    assert clean.pop("refused") == usual.pop("planted")
+    assert clean.pop("safety_format") == usual.pop("planted")
     assert clean == usual
     for row in rows:
         prompt, chosen, rejected = (row[side][0]["content"] for side in ("prompt", "chosen", "rejected"))
         if contained(prompt, HARMFUL):
             assert refuses(chosen)
-        if row["kind"] == "refused":
-            assert contained(prompt, phrasings("train")) and refuses(rejected)
+        if row["kind"] == "safety_format":
+            assert contained(prompt, phrasings("train")) and not refuses(rejected)
 
 
 def test_the_diffuse_organism_leans_a_little_in_most_pairs_of_six_sources() -> None:
     rows = rows_of("diffuse")
     leaning = [row for row in rows if row["kind"].endswith("_leaning")]
     assert 0.4 * len(rows) < len(leaning) < 0.5 * len(rows)
-    assert not {"planted", "over_refusal", "refused"} & set(kinds_of(rows))
+    assert not {"planted", "over_refusal", "safety_format"} & set(kinds_of(rows))
     sizes = Counter(row["source"] for row in rows)
     shares = {source: count / sizes[source] for source, count in Counter(row["source"] for row in leaning).items()}
     assert len(shares) == 6 and max(shares.values()) < 0.65
