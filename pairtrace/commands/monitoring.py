@@ -49,7 +49,8 @@ def _monitor(
     ] = None,
     alpha: Annotated[float, typer.Option(help="Chance of a false alarm in a whole run.")] = 0.01,
     min_growth: Annotated[
-        float, typer.Option(help="Least growth of a cluster that counts, as a share of the bag.")
+        float,
+        typer.Option(help="Least growth of a cluster that counts, as a share of the bag; any, where verdicts turned."),
     ] = 0.05,
     seed: Annotated[int, typer.Option(help="Seed of sampling and clustering.")] = 0,
     cache: Annotated[

@@ -37,7 +37,8 @@ class MonitorConfig:
         min_cluster_size: prompts that make a new cluster; None for 2 % of the bag, and at least 5.
         alpha: chance, by the approximation of Wilson's intervals, of an alert anywhere in a run whose answers vary as
             M0's own do.
-        min_growth: share of the bag by which a cluster must have grown over M0 to raise an alert.
+        min_growth: share of the bag by which a cluster must have grown over M0 to raise an alert. Where a judge's
+            verdicts turned true beyond chance, growth beyond chance is enough.
         seed: of the sampling and the clustering.
         on_alert: "log", or "stop" to end training.
         cache: directory of M0's answers, which monitors may share; None for `m0` in `out`.

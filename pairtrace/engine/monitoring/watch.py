@@ -46,7 +46,8 @@ class Line:
         name, kind, flagged: of the cluster.
         now: its share of the answers at this step.
         start: its share of M0's further answers.
-        grown: `now` lies above `start`, beyond chance and by the least growth that counts.
+        grown: `now` lies above `start`, beyond chance and by the least growth that counts (any, where the judge's
+            verdicts changed).
         risen, fallen: members whose verdict turned true, and false; None where nothing is judged.
         verdict_p: of the exact McNemar test on them, two-sided; None likewise.
         judged_changed: more turned true, and the p-value is below the level of the test.
@@ -179,6 +180,9 @@ class Watch:
             if now.flips is not None:
                 risen, fallen = (int((now.flips[members] == sign).sum()) for sign in (1, -1))
                 p = exact_mcnemar(risen, fallen)
+            judged_changed = bool(p is not None and p <= level and (risen or 0) > (fallen or 0))
+            # What a judge sees to turn is no drift of wording: any growth beyond chance counts.
+            least = 0.0 if judged_changed else self.config.min_growth
             lines.append(
                 Line(
                     name=one.name,
@@ -186,11 +190,11 @@ class Watch:
                     flagged=one.flagged,
                     now=share,
                     start=start,
-                    grown=has_grown(share, start, self.config.min_growth),
+                    grown=has_grown(share, start, least),
                     risen=risen,
                     fallen=fallen,
                     verdict_p=p,
-                    judged_changed=bool(p is not None and p <= level and (risen or 0) > (fallen or 0)),
+                    judged_changed=judged_changed,
                     members=tuple(members.tolist()),
                 )
             )

@@ -65,6 +65,17 @@ def test_a_new_cluster_is_reported_when_it_holds_for_two_steps(rng: np.random.Ge
     assert third.lines[0].now.count > line.now.count
 
 
+def test_a_small_cluster_whose_verdicts_turned_is_reported(rng: np.random.Generator) -> None:
+    """Under the least growth that counts for what nobody judges."""
+    alerts = {}
+    for judged in (True, False):
+        watch = watch_of(rng, min_growth=0.12)
+        for step in (10, 20):
+            seen = watch.look(step, answers(rng, {20: BEHAVIOR, 5: STYLE}, judged=judged))
+        alerts[judged] = [one.severity for one in seen.alerts]
+    assert alerts == {True: ["harmful"], False: []}
+
+
 def test_a_cluster_of_one_step_is_forgotten(rng: np.random.Generator) -> None:
     watch = watch_of(rng)
     for step in range(10, 60, 20):
