@@ -24,6 +24,7 @@ from pairtrace.commands import (
     scoring,
     stores,
     training,
+    truncation,
 )
 from pairtrace.errors import PairtraceError
 from pairtrace.terminal import Answer
@@ -66,6 +67,7 @@ app = typer.Typer(
 for commands in (extraction.app, scoring.app, diagnosis.app, edits.app, costs.app, training.app, evaluation.app):
     app.add_typer(commands)
 app.add_typer(monitoring.app)
+app.add_typer(truncation.app)
 baselines.app.add_typer(gradient.app)
 app.add_typer(baselines.app, name="baseline")
 app.add_typer(discovery.app, name="discover")

@@ -20,7 +20,7 @@ from tests.models import HH, make_model, make_tokenizer
 README = Path(__file__).resolve().parents[1] / "README.md"
 COMMANDS = [
     *("extract", "plan", "behavior", "score", "top", "sources", "edit", "restore", "demo", "version"),
-    *("diagnose", "train", "evaluate", "cost", "monitor"),
+    *("diagnose", "train", "evaluate", "cost", "monitor", "truncate"),
     *("store info", "store verify", "store convert"),
     *("discover pairs", "discover prompts", "discover show"),
     *("baseline random", "baseline length", "baseline margin", "baseline judge", "baseline gradient"),

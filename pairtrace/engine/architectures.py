@@ -45,6 +45,9 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": Family(),
 }
 
+# Lists of a configuration with one entry per block.
+PER_LAYER_LISTS = ("layer_types", "no_rope_layers", "mlp_layer_types")
+
 
 def family_of(config: Any, max_length: int | None) -> Family:
     """Look up the family of a model configuration, refusing what would come out wrong.
@@ -56,12 +59,7 @@ def family_of(config: Any, max_length: int | None) -> Family:
     Raises:
         UnsupportedModelError: the architecture, or its rotary scaling at this length, is not reproduced exactly.
     """
-    model_type = getattr(config, "model_type", None)
-    if model_type not in FAMILIES:
-        raise UnsupportedModelError(
-            f"model type {model_type!r} is not supported: its attention is not known to be reproduced exactly by "
-            f"the packed forward; supported are {', '.join(sorted(FAMILIES))}"
-        )
+    family = known_family(config)
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     # Some models hold one set of rotary parameters per attention type.
@@ -75,6 +73,21 @@ def family_of(config: Any, max_length: int | None) -> Family:
                     f"{trained} tokens, so a row's values would depend on its neighbours; "
                     f"give --max-length {trained} or less (now {max_length})"
                 )
+    return family
+
+
+def known_family(config: Any) -> Family:
+    """Look up the family of a model configuration, whatever the length of its sequences.
+
+    Raises:
+        UnsupportedModelError: the architecture is not in the table.
+    """
+    model_type = getattr(config, "model_type", None)
+    if model_type not in FAMILIES:
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not supported: its attention is not known to be reproduced exactly by "
+            f"the packed forward; supported are {', '.join(sorted(FAMILIES))}"
+        )
     return FAMILIES[model_type]
 
 
@@ -98,7 +111,7 @@ def truncated_config(config: Any, depth: int) -> Any:
     shallow = copy.deepcopy(config)
     blocks = max(1, depth)
     # Per-layer lists first: the configuration validates their length against the number of blocks.
-    for name in ("layer_types", "no_rope_layers", "mlp_layer_types"):
+    for name in PER_LAYER_LISTS:
         values = getattr(shallow, name, None)
         if isinstance(values, list) and len(values) == config.num_hidden_layers:
             object.__setattr__(shallow, name, values[:blocks])
