@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pairtrace.engine.backend import Backend, OnPack, Pooled
+from pairtrace.engine.backend import Backend, OnPack
+from pairtrace.engine.reduced import ReducingBackend, reduce_pooled
 from pairtrace.engine.rendering import Quarantined, RenderedPair
-from pairtrace.engine.rounding import LARGEST, round_rows
 from pairtrace.errors import StoreDamagedError
 from pairtrace.store.layout import OK, QUARANTINED, to_float32
 from pairtrace.store.reuse import PairIndex
@@ -151,7 +151,7 @@ def rendered_digest(rendered: Sequence[RenderedPair | Quarantined]) -> str:
 
 
 def compute_block(
-    work: ShardWork, backend: Backend, *, dtype: str, sides: bool, on_pack: OnPack | None = None
+    work: ShardWork, backend: Backend | ReducingBackend, *, dtype: str, sides: bool, on_pack: OnPack | None = None
 ) -> ShardBlock:
     """Run the model over the rows to compute; rows to copy stay empty until `fill_copies`.
 
@@ -176,21 +176,21 @@ def compute_block(
     computed = [work.rendered[position] for position in work.compute]
     pairs = [result for result in computed if isinstance(result, RenderedPair)]
     assert len(pairs) == len(work.compute)
-    pooled = backend.pool(pairs, on_pack)
-    problems = _problems(pooled, dtype, sides)
-    for number, position in enumerate(work.compute):
-        if number in problems:
-            status[position] = QUARANTINED
-            reason[position] = problems[number]
-    good = [number for number in range(len(pairs)) if number not in problems]
+    if isinstance(backend, ReducingBackend):
+        reduced = backend.reduce(pairs, dtype=dtype, sides=sides, on_pack=on_pack)
+    else:
+        reduced = reduce_pooled(backend.pool(pairs, on_pack), dtype, sides)
+    for number, problem in reduced.problems.items():
+        status[work.compute[number]] = QUARANTINED
+        reason[work.compute[number]] = problem
+    good = [number for number in range(len(pairs)) if number not in reduced.problems]
     rows = [work.compute[number] for number in good]
-    chosen, rejected = pooled.chosen[good], pooled.rejected[good]
     for depth, layer in enumerate(layers):
-        difference = chosen[:, depth] - rejected[:, depth]
-        norm[layer][rows] = np.linalg.norm(difference.astype(np.float64), axis=1)
-        for name, values in (("diff", difference), ("chosen", chosen[:, depth]), ("rejected", rejected[:, depth])):
+        norm[layer][rows] = reduced.norm[good, depth]
+        for name, values in (("diff", reduced.diff), ("chosen", reduced.chosen), ("rejected", reduced.rejected)):
             if name in arrays:
-                arrays[name][layer][rows] = encode(values, dtype)
+                assert values is not None
+                arrays[name][layer][rows] = values[good, depth]
     return ShardBlock(
         index=work.index,
         pair_id=pair_ids(work.rendered),
@@ -203,34 +203,6 @@ def compute_block(
         chosen=arrays.get("chosen"),
         rejected=arrays.get("rejected"),
     )
-
-
-def _problems(pooled: Pooled, dtype: str, sides: bool) -> dict[int, str]:
-    """Reasons to quarantine computed rows, by their position among the computed ones."""
-    problems = dict.fromkeys(pooled.failed, "out_of_memory: the pair does not fit into memory; lower --max-length")
-    for name, values in (("chosen", pooled.chosen), ("rejected", pooled.rejected)):
-        for number in np.flatnonzero(~np.isfinite(values).all(axis=(1, 2))):
-            problems.setdefault(int(number), f"nonfinite_activations: the mean of {name} is NaN or infinite")
-    with np.errstate(invalid="ignore"):
-        peak = np.abs(pooled.chosen - pooled.rejected).max(axis=(1, 2), initial=0.0)
-        if sides:
-            for values in (pooled.chosen, pooled.rejected):
-                peak = np.maximum(peak, np.abs(values).max(axis=(1, 2), initial=0.0))
-    for number in np.flatnonzero(peak > LARGEST[dtype]):
-        problems.setdefault(
-            int(number), f"overflow: a value of {peak[number]:.4g} does not fit into {dtype}; use --dtype float32"
-        )
-    return problems
-
-
-def encode(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Cast float32 rows to a store dtype, rounding to nearest even; bfloat16 comes as its uint16 bits.
-
-    Rows of an int8 store stay float32 until the writer rounds the whole shard.
-    """
-    rounded = values if dtype == "int8" else round_rows(values, "float32", dtype)
-    assert isinstance(rounded, np.ndarray)
-    return rounded
 
 
 def fill_copies(block: ShardBlock, work: ShardWork, sources: Sequence[RowReader], own: RowReader) -> None:
