@@ -33,6 +33,7 @@ IDENTITY = (
     "converted_from",
     "codec",
     "compute_dtype",
+    "backend",
     "layers",
     "sides",
     "rows",
@@ -50,7 +51,7 @@ _SINCE_2: dict[str, Any] = {
     "source_store": None,
 }
 # Only in the manifests that need them: others are as their older readers know them.
-_OPTIONAL = frozenset(("source_store",))
+_OPTIONAL: dict[str, Any] = {"source_store": None, "backend": "hf"}
 _SOURCE_FIELDS = frozenset(("path", "dtype", "codec"))
 
 _ADVICE = "choose another path for the store of this run, or repeat the settings that the store was made with"
@@ -81,6 +82,8 @@ class Manifest:
         sides: whether chosen and rejected are kept beside their difference.
         shard_rows: S, rows per shard. The last chunk of each array is padded to S rows on disk.
         compute_dtype: element type of the forward pass.
+        backend: what ran the model: "hf" (transformers), or "vllm", whose values differ from those in the last bits of
+            the compute dtype.
         model: path (absolute) or hub id of the checkpoint.
         model_fingerprint: sha256 (hex) of the weights and configuration.
         tokenizer_fingerprint: sha256 (hex) of the tokenizer.
@@ -112,6 +115,7 @@ class Manifest:
     sides: bool = False
     shard_rows: int
     compute_dtype: str
+    backend: str = "hf"
     model: str
     model_fingerprint: str
     tokenizer_fingerprint: str
@@ -178,7 +182,7 @@ class Manifest:
         """The manifest as a JSON object (tuples become lists)."""
         absent = _SINCE_2 if self.schema_version == 1 else {}
         values = {**asdict(self), "layers": list(self.layers)}
-        unused = {name for name in _OPTIONAL if values[name] is None}
+        unused = {name for name, usual in _OPTIONAL.items() if values[name] == usual}
         return {name: value for name, value in values.items() if name not in absent and name not in unused}
 
     @classmethod
@@ -202,7 +206,7 @@ class Manifest:
                 "Install the pairtrace release that wrote it, or extract into a new store"
             )
         names = {f.name for f in fields(cls)} - (set(_SINCE_2) if version == 1 else set())
-        missing, unknown = sorted(names - _OPTIONAL - set(value)), sorted(set(value) - names)
+        missing, unknown = sorted(names - set(_OPTIONAL) - set(value)), sorted(set(value) - names)
         if missing or unknown:
             raise StoreDamagedError(
                 f"{where}: the manifest is damaged (missing fields {missing}, unknown fields {unknown})"
@@ -250,6 +254,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
             "attention",
             "created",
             "codec",
+            "backend",
         ),
         (str,),
     ),

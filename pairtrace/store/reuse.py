@@ -12,7 +12,7 @@ from pairtrace.store.layout import OK, PAIR_ID_BYTES
 from pairtrace.store.manifest import Manifest
 from pairtrace.store.reader import ActivationStore
 
-_SAME = ("model_fingerprint", "width", "pooling", "compute_dtype")
+_SAME = ("model_fingerprint", "width", "pooling", "compute_dtype", "backend")
 # A store converted from float32 was rounded from what the model gave, as any other store.
 _AS_COMPUTED = (None, "float32")
 _ADVICE = "its rows cannot be reused: leave it out of --reuse, or repeat the settings that it was made with"

@@ -10,6 +10,7 @@ import pytest
 
 from pairtrace.errors import ConfigError, StoreDamagedError, StoreMismatchError, StoreSchemaError
 from pairtrace.store.manifest import IDENTITY, Manifest
+from pairtrace.store.reuse import compatible
 from tests.store.samples import make_manifest
 
 OTHER: dict[str, Any] = {
@@ -24,6 +25,7 @@ OTHER: dict[str, Any] = {
     "codec": "zstd:3",
     "converted_from": "float32",
     "compute_dtype": "bfloat16",
+    "backend": "vllm",
     "layers": (2,),
     "sides": True,
     "rows": 11,
@@ -106,7 +108,7 @@ def test_unknown_fields_of_another_schema_are_a_schema_error() -> None:
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(Manifest) if f.name != "schema_version"])
 def test_damaged_fields(field: str) -> None:
     whole = make_manifest().to_json()
-    if field != "source_store":  # only converted stores have it
+    if field not in ("source_store", "backend"):  # only converted stores, and those of another back end, have it
         with pytest.raises(StoreDamagedError, match=field):
             Manifest.from_json({key: value for key, value in whole.items() if key != field}, "acts.zarr")
     with pytest.raises(StoreDamagedError, match=field):
@@ -123,6 +125,16 @@ def test_the_source_of_a_conversion_is_kept_where_there_is_one() -> None:
     for damaged in ({}, {"path": "/a"}, {**source, "path": 3}, {**source, "more": "x"}, [], "x"):
         with pytest.raises(StoreDamagedError, match="source_store"):
             Manifest.from_json({**converted.to_json(), "source_store": damaged}, "s")
+
+
+def test_another_back_end_is_recorded_and_never_resumed_or_reused() -> None:
+    """The usual one is not written: readers from before there was a choice know nothing of it."""
+    usual, other = make_manifest(), make_manifest(backend="vllm")
+    assert "backend" not in usual.to_json() and Manifest.from_json(usual.to_json(), "s").backend == "hf"
+    assert Manifest.from_json(other.to_json(), "s") == other
+    for check in (Manifest.require_same, compatible):
+        with pytest.raises(StoreMismatchError, match="backend is 'hf', but 'vllm' is needed"):
+            check(usual, other)
 
 
 def test_schema_1_is_what_it_was() -> None:
