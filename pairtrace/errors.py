@@ -17,6 +17,7 @@
     |   `-- StoreWriteError        the disk is full or read-only
     |-- TrainingError              training cannot go on (loss or gradient not finite, wrong reference)
     |-- JudgeError                 the server of a judge cannot be reached, or refuses every question
+    |-- EngineError                an inference engine (vLLM) does not start, or died
     |-- DirectionError             a direction has the wrong width, layer, model or values
     `-- MissingDependencyError     an optional package is not installed (the message names the command)
 
@@ -109,6 +110,10 @@ class TrainingError(PairtraceError):
 
 class JudgeError(PairtraceError):
     """The server of a judge cannot be reached, or refuses every question."""
+
+
+class EngineError(PairtraceError):
+    """An inference engine does not start, or died during its work."""
 
 
 class DirectionError(PairtraceError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,20 @@ Limit = Annotated[int | None, typer.Option(help="Only the first rows.")]
 Layers = Annotated[
     str, typer.Option(help="Residual layers, comma-separated: l is the stream after l blocks, 0 the embedding output.")
 ]
+Backend = Annotated[str, typer.Option(help="What runs the model: hf (transformers) or vllm.")]
+TensorParallel = Annotated[
+    int | None, typer.Option(help="With --backend vllm: devices that share a copy of the model [default: 1].")
+]
+DataParallel = Annotated[
+    int | None, typer.Option(help="With --backend vllm: copies of the model that share the work [default: 1].")
+]
+CacheGib = Annotated[
+    float | None, typer.Option(help="With --backend vllm: GiB of cache per device [default: vLLM's; 4 on a CPU].")
+]
+EngineOption = Annotated[
+    list[str] | None,
+    typer.Option(help="With --backend vllm: NAME=JSON, a further argument of vllm.LLM; may be repeated."),
+]
 Behavior = Annotated[str | None, typer.Option(help="Which behaviour of the scores [default: the only one].")]
 Scores = Annotated[str, typer.Argument(help="Scores table made by `pairtrace score`.")]
 
@@ -39,6 +54,39 @@ Scores = Annotated[str, typer.Argument(help="Scores table made by `pairtrace sco
 def settings(given: dict[str, Any], **changed: Any) -> dict[str, Any]:
     """A command's options as fields of its configuration, which has the same names; output options are left out."""
     return {name: value for name, value in given.items() if name != "json"} | changed
+
+
+ENGINE_OPTIONS = ("tensor_parallel", "data_parallel", "cache_gib", "engine_option")
+
+
+def engine_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """`settings` of a command with the options of vLLM: they become its field `vllm`, None where none was given.
+
+    Raises:
+        ConfigError: an --engine-option is not NAME=JSON, or a value is out of range.
+    """
+    rest = {name: value for name, value in given.items() if name not in ENGINE_OPTIONS}
+    named = {name: given[name] for name in ENGINE_OPTIONS[:-1] if given[name] is not None}
+    if given["engine_option"]:
+        named["engine"] = dict(map(_engine_option, given["engine_option"]))
+    if not named:
+        return {**rest, "vllm": None}
+    from pairtrace.engine.vllm.options import VLLMOptions
+
+    return {**rest, "vllm": VLLMOptions(**named)}
+
+
+def _engine_option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    try:
+        if not equals or not name.isidentifier():
+            raise ValueError(text)
+        return name, json.loads(value)
+    except ValueError:
+        raise ConfigError(
+            f"--engine-option is {text!r}; expected NAME=JSON, for example max_num_seqs=512 or "
+            "enable_prefix_caching=false"
+        ) from None
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -65,7 +65,13 @@ def make_config(model_type: str, **overrides: Any) -> Any:
 
 
 def make_model(
-    model_type: str, path: Path, *, dtype: torch.dtype = torch.float32, seed: int = 0, **overrides: Any
+    model_type: str,
+    path: Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    scale: float = 0.25,
+    **overrides: Any,
 ) -> Path:
     """Save a random causal language model, scaled up so that attention patterns and outliers matter."""
     from transformers import AutoModelForCausalLM
@@ -75,7 +81,7 @@ def make_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                parameter.normal_(0.0, 1.0 if "embed" in name else 0.25)
+                parameter.normal_(0.0, 1.0 if "embed" in name else scale)
     model.to(dtype).save_pretrained(path)
     return path
 

@@ -8,11 +8,15 @@ from typing import Annotated
 import typer
 
 from pairtrace.options import (
+    Backend,
+    CacheGib,
     Codec,
     Column,
     ComputeDtype,
     Data,
+    DataParallel,
     Device,
+    EngineOption,
     Format,
     Json,
     Layers,
@@ -22,8 +26,10 @@ from pairtrace.options import (
     StoreDtype,
     Template,
     TemplateDate,
+    TensorParallel,
     TokenBudget,
     Truncation,
+    engine_settings,
     numbers,
     settings,
 )
@@ -65,10 +71,17 @@ def _extract(
     scheduler: Annotated[
         str | None, typer.Option(help="Address of a Dask scheduler whose workers compute the shards.")
     ] = None,
+    backend: Backend = "hf",
+    tensor_parallel: TensorParallel = None,
+    data_parallel: DataParallel = None,
+    cache_gib: CacheGib = None,
+    engine_option: EngineOption = None,
     json: Json = False,
 ) -> Answer:
     """Run a checkpoint over every pair once and keep its mean response activations. Resumes where it stopped."""
-    options = settings(locals(), layers=numbers(layers), max_length=max_length or None, reuse=tuple(reuse or ()))
+    options = settings(
+        engine_settings(locals()), layers=numbers(layers), max_length=max_length or None, reuse=tuple(reuse or ())
+    )
     from pairtrace.engine.extract import ExtractConfig, extract
 
     summary = extract(ExtractConfig(**options), progress())

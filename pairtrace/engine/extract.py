@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pairtrace.engine.cost import CostMeter, costs_path
 from pairtrace.engine.data_config import DataConfig
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
+from pairtrace.engine.vllm.options import VLLMOptions, check_backend
 from pairtrace.errors import ConfigError
 from pairtrace.store.codecs import parse_codec
 from pairtrace.store.manifest import DTYPES, Manifest
@@ -49,6 +50,8 @@ class ExtractConfig(DataConfig):
         reuse: other stores to copy known pairs from.
         fsync: force every shard to the disk before it is marked.
         scheduler: address of a Dask scheduler whose workers compute the shards; None computes them here.
+        backend: "hf" (transformers), or "vllm". Their values differ in the last bits, so a store has one of them.
+        vllm: how vLLM is run; None for its defaults.
     """
 
     store: str
@@ -62,9 +65,14 @@ class ExtractConfig(DataConfig):
     reuse: tuple[str, ...] = ()
     fsync: bool = True
     scheduler: str | None = None
+    backend: str = "hf"
+    vllm: VLLMOptions | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_backend(self.backend, self.vllm)
+        if self.backend != "hf" and self.scheduler is not None:
+            raise ConfigError(f"--scheduler runs --backend hf on its workers, but --backend is {self.backend}")
         if self.dtype not in DTYPES:
             raise ConfigError(f"unknown store dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         parse_codec(self.codec)
@@ -148,7 +156,8 @@ def extract(config: ExtractConfig, progress: Progress = NULL_PROGRESS) -> Extrac
         StoreMismatchError: the store exists and was made from something else.
         StoreError: the store cannot be written, or another process is writing to it.
         ConfigError: the cluster at `scheduler` fails, or one of its workers does not see what is seen here.
-        MissingDependencyError: `scheduler` without Dask.
+        MissingDependencyError: `scheduler` without Dask, or the back end vllm without vLLM.
+        EngineError: vLLM does not start, or died; what it has finished is in the store.
     """
     # An object store has no place beside it.
     path = None if "://" in config.store else costs_path(config.store)
@@ -181,6 +190,10 @@ def _refuse_early(config: ExtractConfig) -> None:
     from pairtrace.store.location import LocalLocation, open_location
     from pairtrace.store.metadata import has_rows, read_manifest, refuse_foreign_directory
 
+    if config.backend == "vllm":
+        from pairtrace.engine.vllm.installed import require_vllm
+
+        require_vllm("extraction with --backend vllm")
     blocks = described_blocks(config.model)
     if blocks is not None:
         check_layers(config.layers, SimpleNamespace(num_hidden_layers=blocks))
@@ -196,7 +209,7 @@ def _known_identity(config: ExtractConfig, existing: Manifest) -> dict[str, Any]
     from pairtrace.engine.checkpoint import model_fingerprint
 
     known: dict[str, Any] = {
-        name: getattr(config, name) for name in ("max_length", "truncation", "dtype", "codec", "sides")
+        name: getattr(config, name) for name in ("max_length", "truncation", "dtype", "codec", "sides", "backend")
     }
     known["layers"] = tuple(sorted(set(config.layers)))
     # The weights are read later in any case; under another path it is worth reading them now.
@@ -235,22 +248,13 @@ def _extract(config: ExtractConfig, client: Any, meter: CostMeter, progress: Pro
                 cluster.run(missing)
             totals = cluster.totals
         else:
-            from pairtrace.engine.backend import HFBackend
+            from pairtrace.engine.extract_backend import loaded_backend
             from pairtrace.engine.shard_loop import ShardLoop
 
             loop = ShardLoop(source, renderer, writer, config.store, others, progress)
             if missing:
-                backend = HFBackend.load(
-                    config.model,
-                    manifest.layers,
-                    device=config.device,
-                    dtype=config.compute_dtype,
-                    max_length=config.max_length,
-                    token_budget=config.token_budget,
-                    fingerprint=manifest.model_fingerprint,
-                    meter=meter,
-                )
-                loop.run(backend, missing)
+                with loaded_backend(config, manifest, meter, progress) as backend:
+                    loop.run(backend, missing)
             totals = loop.totals
     return _summary(config, manifest, totals, time.perf_counter() - begun)
 
@@ -262,11 +266,17 @@ def build_manifest(config: ExtractConfig, source: PairSource, renderer: Renderer
     from pairtrace.engine.fingerprints import fingerprints
     from pairtrace.engine.tree_attention import ATTENTION_NAME
     from pairtrace.engine.versions import library_versions
+    from pairtrace.engine.vllm.families import vllm_family
+    from pairtrace.engine.vllm.installed import installed_version
 
     model_config = load_config(config.model)
     layers = tuple(sorted(set(config.layers)))
     check_layers(layers, model_config)
     family_of(model_config, config.max_length)
+    attention, versions = ATTENTION_NAME, library_versions()
+    if config.backend == "vllm":
+        vllm_family(model_config)
+        attention, versions = "vllm", {**versions, "vllm": str(installed_version())}
     tokenizer_fingerprint, template_fingerprint = fingerprints(renderer.tokenizer, renderer.chat_template)
     return Manifest(
         rows=source.rows,
@@ -290,10 +300,11 @@ def build_manifest(config: ExtractConfig, source: PairSource, renderer: Renderer
         template_date=config.template_date,
         max_length=config.max_length,
         truncation=config.truncation,
-        attention=ATTENTION_NAME,
+        attention=attention,
+        backend=config.backend,
         limit=config.limit,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=library_versions(),
+        versions=versions,
     )
 
 

@@ -56,7 +56,7 @@ class PackedModel:
         Raises:
             ModelError: a token is outside the model's embedding.
         """
-        self._check_ids(pairs)
+        check_ids(pairs, self._embedded)
         costs = [packed_tokens(pair) for pair in pairs]
         start = 0
         while start < len(pairs):
@@ -73,16 +73,6 @@ class PackedModel:
             start = members.stop
             yield members, tokens, result
 
-    def _check_ids(self, pairs: Sequence[RenderedPair]) -> None:
-        """On a GPU an id outside the embedding would end the process instead of raising."""
-        for pair in pairs:
-            largest = max(int(pair.chosen_ids.max()), int(pair.rejected_ids.max()))
-            if largest >= self._embedded:
-                raise ModelError(
-                    f"row {pair.row} holds token {largest}, but the model embeds {self._embedded} tokens: "
-                    "tokenizer and model do not belong together"
-                )
-
     def _forward_or_none(self, forward: Callable[[range], Result], members: range) -> Result | None:
         """Result of one pack; None when memory ran out."""
         try:
@@ -94,6 +84,17 @@ class PackedModel:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         return None
+
+
+def check_ids(pairs: Sequence[RenderedPair], embedded: int) -> None:
+    """ModelError for a token outside an embedding of `embedded` rows, which on a GPU would end the process."""
+    for pair in pairs:
+        largest = max(int(pair.chosen_ids.max()), int(pair.rejected_ids.max()))
+        if largest >= embedded:
+            raise ModelError(
+                f"row {pair.row} holds token {largest}, but the model embeds {embedded} tokens: "
+                "tokenizer and model do not belong together"
+            )
 
 
 def check_token_budget(token_budget: int | None) -> None:

@@ -9,8 +9,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from pairtrace.engine.backend import HFBackend
 from pairtrace.engine.channel import Channel, run_thread
 from pairtrace.engine.pair import Pair
 from pairtrace.engine.pairs import PairSource
@@ -22,6 +22,10 @@ from pairtrace.store.reader import ActivationStore
 from pairtrace.store.reuse import PairIndex
 from pairtrace.store.rows import RowReader
 from pairtrace.store.writer import ShardBlock, StoreWriter
+
+if TYPE_CHECKING:
+    from pairtrace.engine.backend import HFBackend
+    from pairtrace.engine.vllm.backend import VLLMBackend
 
 
 @dataclass
@@ -122,7 +126,7 @@ class ShardLoop:
         self.progress = progress
         self.totals = Totals.before(writer)
 
-    def run(self, backend: HFBackend, missing: Sequence[int]) -> None:
+    def run(self, backend: HFBackend | VLLMBackend, missing: Sequence[int]) -> None:
         """Compute the shards `missing` with `backend` and write them.
 
         An error in any of the threads stops the others and is raised here; shards written before it stay.

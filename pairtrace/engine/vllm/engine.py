@@ -1,0 +1,210 @@
+"""One or several vLLM engines in processes of their own, behind one queue of requests."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from pairtrace.engine.vllm.installed import require_vllm
+from pairtrace.engine.vllm.options import VLLMOptions
+from pairtrace.errors import ConfigError, EngineError
+
+logger = logging.getLogger(__name__)
+
+_CPU_CACHE_GIB = 4.0
+# Prefix caching shares whole blocks; vLLM's kernels on CPUs want multiples of 32.
+_CPU_BLOCK = 32
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One sequence to run.
+
+    Attributes:
+        prompt: token ids.
+        params: `vllm.SamplingParams`.
+        replica: requests with the same number go to the same engine.
+        lora: `vllm.lora.request.LoRARequest`, or None.
+    """
+
+    prompt: list[int]
+    params: Any
+    replica: int = 0
+    lora: Any = None
+
+
+class Engine:
+    """Running engines; a context manager that ends their processes.
+
+    Args:
+        model: checkpoint directory.
+        purpose: what they are for, named in errors.
+        dtype: of the forward pass.
+        max_model_len: longest sequence in tokens, with what is generated.
+        options: how to run.
+        **arguments: further arguments of `vllm.LLM`.
+
+    Attributes:
+        device: "cpu", "cuda", ...
+
+    Raises:
+        MissingDependencyError: vLLM is not installed.
+        ConfigError: its version is not supported, or the devices do not suffice.
+        EngineError: an engine does not start.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        purpose: str,
+        dtype: str,
+        max_model_len: int,
+        options: VLLMOptions,
+        **arguments: Any,
+    ) -> None:
+        require_vllm(purpose)
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        self.device = str(current_platform.device_type)
+        cpu = self.device == "cpu"
+        settings: dict[str, Any] = {
+            "model": str(model),
+            "dtype": dtype,
+            "max_model_len": max_model_len,
+            "tensor_parallel_size": options.tensor_parallel,
+            # Weights are never unpickled, and nothing of the checkpoint's own shapes a distribution.
+            "load_format": "safetensors",
+            "trust_remote_code": False,
+            "generation_config": "vllm",
+            "disable_log_stats": True,
+            **({"block_size": _CPU_BLOCK} if cpu else {}),
+            **arguments,
+            **options.engine,
+        }
+        cache = options.cache_gib if options.cache_gib is not None else _CPU_CACHE_GIB if cpu else None
+        if cache is not None:
+            settings["kv_cache_memory_bytes"] = int(cache * 2**30)
+        self._purpose = purpose
+        self._engines: list[Any] = []
+        self._models: list[Any] = []
+        self._asked = 0
+        try:
+            for replica in range(options.data_parallel):
+                with _devices_of(replica, options, self.device):
+                    self._models.append(LLM(**settings))
+                self._engines.append(self._models[-1].llm_engine)
+        except (ValueError, RuntimeError, OSError) as error:
+            self.close()
+            raise EngineError(
+                f"vLLM does not start for {purpose}: {str(error).strip()}; what its processes said is above. If memory "
+                "for the cache is short, lower --max-length or raise --cache-gib"
+            ) from error
+
+    @property
+    def config(self) -> Any:
+        """The engines' `VllmConfig`."""
+        return self._engines[0].vllm_config
+
+    def run(self, requests: Sequence[EngineRequest], on_finished: Callable[[int, Any], None]) -> None:
+        """Run requests to their end, all in one continuous batch.
+
+        Args:
+            requests: what to run; they begin in this order.
+            on_finished: called with (position, `vllm.RequestOutput`) when a request has ended.
+
+        Raises:
+            EngineError: an engine died.
+            ConfigError: vLLM refuses a request.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        first = self._asked
+        try:
+            for request in requests:
+                engine = self._engines[request.replica % len(self._engines)]
+                prompt = {"prompt_token_ids": request.prompt}
+                engine.add_request(str(self._asked), prompt, request.params, lora_request=request.lora)
+                self._asked += 1
+            busy = list(self._engines)
+            while busy := [engine for engine in busy if engine.has_unfinished_requests()]:
+                for engine in busy:
+                    for output in engine.step():
+                        if output.finished:
+                            on_finished(int(output.request_id) - first, output)
+        except EngineDeadError as error:
+            raise self._died() from error
+        except ValueError as error:
+            raise ConfigError(f"vLLM refuses a sequence: {error}") from error
+
+    def call(self, method: str, *arguments: Any) -> list[Any]:
+        """What a method of the worker extension returns on every worker of every engine.
+
+        Raises:
+            EngineError: an engine died.
+        """
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            return [found for model in self._models for found in model.collective_rpc(method, args=arguments)]
+        except EngineDeadError as error:
+            raise self._died() from error
+
+    def close(self) -> None:
+        """End the engines' processes."""
+        for engine in self._engines:
+            engine.engine_core.shutdown()
+        self._engines.clear()
+        self._models.clear()
+
+    def _died(self) -> EngineError:
+        return EngineError(
+            f"a process of vLLM died during {self._purpose} (what it said is above; often memory ran out). What is "
+            "finished is kept: run the same command again to go on"
+        )
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+@contextmanager
+def _devices_of(replica: int, options: VLLMOptions, device: str) -> Iterator[None]:
+    """Let the processes that are started inside see the devices of one copy of the model only.
+
+    Raises:
+        ConfigError: there are fewer devices than needed.
+    """
+    from vllm.platforms import current_platform
+
+    if options.data_parallel == 1 or device == "cpu":
+        yield
+        return
+    variable = str(current_platform.device_control_env_var)
+    before = os.environ.get(variable)
+    visible = before.split(",") if before else [str(number) for number in range(current_platform.device_count())]
+    each = options.tensor_parallel
+    if len(visible) < options.data_parallel * each:
+        raise ConfigError(
+            f"--data-parallel {options.data_parallel} times --tensor-parallel {each} needs "
+            f"{options.data_parallel * each} devices, but {len(visible)} are there"
+        )
+    os.environ[variable] = ",".join(visible[replica * each : (replica + 1) * each])
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
