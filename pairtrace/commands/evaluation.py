@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from pairtrace.options import Device, Format, Json, Split, Template, TemplateDate, settings
+from pairtrace.options import (
+    Backend,
+    CacheGib,
+    DataParallel,
+    Device,
+    EngineOption,
+    Format,
+    Json,
+    Split,
+    Template,
+    TemplateDate,
+    TensorParallel,
+    engine_settings,
+    settings,
+)
 from pairtrace.terminal import Answer, progress
 
 app = typer.Typer()
@@ -61,11 +75,16 @@ def _evaluate(
         str | None, typer.Option("--lm-eval", help="Capability tasks, comma-separated; needs the extra lm-eval.")
     ] = None,
     lm_eval_limit: Annotated[int | None, typer.Option(help="Examples per capability task [default: all].")] = None,
+    backend: Backend = "hf",
+    tensor_parallel: TensorParallel = None,
+    data_parallel: DataParallel = None,
+    cache_gib: CacheGib = None,
+    engine_option: EngineOption = None,
     json: Json = False,
 ) -> Answer:
     """Let models answer, and report behaviour, over-refusal, helpfulness, format, preferences and drift."""
     options = settings(
-        locals(),
+        engine_settings(locals()),
         models=tuple(models or ()),
         conditions=None if conditions is None else tuple(conditions.split(",")),
         lm_eval=() if lm_eval is None else tuple(lm_eval.split(",")),

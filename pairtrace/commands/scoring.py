@@ -7,14 +7,20 @@ from typing import Annotated
 import typer
 
 from pairtrace.options import (
+    Backend,
     Behavior,
+    CacheGib,
+    DataParallel,
     Device,
+    EngineOption,
     Json,
     Scores,
     Split,
     Template,
     TemplateDate,
+    TensorParallel,
     TokenBudget,
+    engine_settings,
     numbers,
     settings,
 )
@@ -52,11 +58,16 @@ def _behavior(
     token_budget: TokenBudget = None,
     chat_template: Template = None,
     template_date: TemplateDate = None,
+    backend: Backend = "hf",
+    tensor_parallel: TensorParallel = None,
+    data_parallel: DataParallel = None,
+    cache_gib: CacheGib = None,
+    engine_option: EngineOption = None,
     json: Json = False,
 ) -> Answer:
     """Sample both checkpoints, judge, filter, and turn what changed into directions."""
     options = settings(
-        locals(),
+        engine_settings(locals()),
         layers=None if layers is None else numbers(layers),
         samples=samples if samples is not None else 8 if temperature else 1,
     )

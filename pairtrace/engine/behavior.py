@@ -149,12 +149,12 @@ def _require_same_origin(
     config: BehaviorConfig, table: RolloutTable, base_fingerprint: str, prompts_fingerprint: str | None
 ) -> None:
     """Compare what was given with what the rollouts file says about its making; a user's own file says nothing."""
-    from pairtrace.engine.checkpoint import model_fingerprint
+    from pairtrace.engine.vllm.adapters import fingerprint_of
 
     identity = table.manifest.get("identity", {})
     tuned_fingerprint = None
     if config.tuned is not None and "tuned_fingerprint" in identity:
-        tuned_fingerprint = model_fingerprint(config.tuned)
+        tuned_fingerprint = fingerprint_of(config.tuned, config.base)
     for field, what, given, expected in (
         ("base_fingerprint", "the model", f"--base {config.base}", base_fingerprint),
         ("tuned_fingerprint", "the model", f"--tuned {config.tuned}", tuned_fingerprint),

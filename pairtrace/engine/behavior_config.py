@@ -10,6 +10,7 @@ import numpy as np
 
 from pairtrace.engine.directions import Direction
 from pairtrace.engine.rollouts import RolloutConfig
+from pairtrace.engine.vllm.options import VLLMOptions
 from pairtrace.errors import ConfigError
 
 Kinds = Literal["mean", "bank", "both"]
@@ -22,7 +23,8 @@ class BehaviorConfig:
     Attributes:
         out: direction file to write (.safetensors); the rollouts are kept beside it as `{stem}.rollouts.parquet`.
         base: M0, the checkpoint from before preference training: a directory or a hub id.
-        tuned: M1, the checkpoint after it; not needed with `rollouts`.
+        tuned: M1, the checkpoint after it, with the back end vllm also a LoRA adapter of `base`; not needed with
+            `rollouts`.
         prompts: prompt file; not needed with `rollouts` that carry their prompts.
         name: of the behaviour; None takes the stem of `out`. A bank is called `{name}-bank`.
         rollouts: existing rollouts to start from instead of sampling.
@@ -41,6 +43,8 @@ class BehaviorConfig:
         token_budget: as for extraction.
         chat_template: file with a Jinja chat template that replaces the tokenizers' own.
         template_date: day (YYYY-MM-DD) for a chat template that prints the date: the day of training.
+        backend: what samples: "hf" (transformers) or "vllm". Responses are read by transformers in any case.
+        vllm: how vLLM is run; None for its defaults.
     """
 
     out: str
@@ -67,6 +71,8 @@ class BehaviorConfig:
     token_budget: int | None = None
     chat_template: str | None = None
     template_date: str | None = None
+    backend: str = "hf"
+    vllm: VLLMOptions | None = None
 
     def __post_init__(self) -> None:
         if not self.out.endswith(".safetensors"):
@@ -124,6 +130,8 @@ class BehaviorConfig:
             dtype=self.dtype,
             chat_template=self.chat_template,
             template_date=self.template_date,
+            backend=self.backend,
+            vllm=self.vllm,
         )
 
     @property

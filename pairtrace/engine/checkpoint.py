@@ -206,7 +206,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _file_digest(path: Path) -> str:
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of the bytes of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_HASH_BLOCK):
@@ -229,10 +230,10 @@ def model_fingerprint(model: str | Path) -> str:
     for key in _VOLATILE_CONFIG_KEYS:
         config.pop(key, None)
     with ThreadPoolExecutor(max_workers=4) as pool:
-        digests = list(pool.map(_file_digest, files))
+        digests = list(pool.map(file_digest, files))
     overall = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for file, file_digest in zip(files, digests, strict=True):
-        overall.update(f"{file.name}={file_digest}\n".encode())
+    for file, found in zip(files, digests, strict=True):
+        overall.update(f"{file.name}={found}\n".encode())
     return overall.hexdigest()
 
 

@@ -21,12 +21,14 @@ from pairtrace.engine.prompts import DISTRACTOR, PLAIN, PromptSet, load_prompts
 from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.engine.rollout_journal import Key, RolloutJournal
 from pairtrace.engine.rollout_table import BASE, SCHEMA, TUNED, RolloutTable
+from pairtrace.engine.vllm.options import VLLMOptions, check_backend
 from pairtrace.errors import ConfigError
 
 if TYPE_CHECKING:
     from pairtrace.engine.cost import CostMeter
-    from pairtrace.engine.prompt_encoder import PromptEncoder
-    from pairtrace.engine.sampling import Request, Sampled
+    from pairtrace.engine.sampling import Request, Sampled, Sampler
+    from pairtrace.engine.vllm.adapters import Adapter
+    from pairtrace.engine.vllm.sampler import VLLMSampler
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ class RolloutConfig:
     Attributes:
         prompts: prompt file (yaml or jsonl).
         base: M0, the checkpoint from before preference training: a directory or a hub id.
-        tuned: M1, the checkpoint after it.
+        tuned: M1, the checkpoint after it; with the back end vllm also a LoRA adapter of `base`.
         out: parquet file to write.
         conditions: "plain", or "plain" and "distractor"; None takes what the prompts allow.
         temperature: of sampling; 0 takes the most likely token, and then one sample is all there is.
@@ -50,6 +52,8 @@ class RolloutConfig:
         dtype: of the forward pass; "auto" is the checkpoint's own.
         chat_template: file with a Jinja chat template that replaces the tokenizers' own.
         template_date: day (YYYY-MM-DD) for a chat template that prints the date: the day of training.
+        backend: "hf" (transformers) or "vllm"; at a temperature they draw different random numbers.
+        vllm: how vLLM is run; None for its defaults.
     """
 
     prompts: str
@@ -66,8 +70,11 @@ class RolloutConfig:
     dtype: str = "auto"
     chat_template: str | None = None
     template_date: str | None = None
+    backend: str = "hf"
+    vllm: VLLMOptions | None = None
 
     def __post_init__(self) -> None:
+        check_backend(self.backend, self.vllm)
         for name in ("samples", "max_new_tokens", "batch_size"):
             if getattr(self, name) < 1:
                 option = "--" + name.replace("_", "-")
@@ -100,18 +107,24 @@ def sample_rollouts(
         DataMismatchError: `out` or its unfinished file exists and was made with other settings, checkpoints,
             tokenizers, chat templates or end tokens.
         ConfigError, ModelError: an option or a checkpoint cannot be used.
+        EngineError: vLLM does not start, or died; what it has answered is kept.
     """
     from pairtrace.engine.checkpoint import model_fingerprint
     from pairtrace.engine.prompt_encoder import PromptEncoder
+    from pairtrace.engine.samplers import load_sampler, released
     from pairtrace.engine.versions import library_versions
+    from pairtrace.engine.vllm.adapters import find_adapter
 
     prompts = load_prompts(config.prompts)
     conditions = config.conditions or prompts.conditions
     if DISTRACTOR in conditions and not prompts.has_distractors:
         raise ConfigError(f"the distractor condition was asked for, but {config.prompts} has no distractors")
+    adapter = find_adapter(config.tuned, config.base) if config.backend == "vllm" else None
+    # An adapter is the same model to its tokenizer, and answers in the same batch.
+    tuned = config.tuned if adapter is None else config.base
     encoders = {
         name: PromptEncoder.load(path, chat_template=config.chat_template, template_date=config.template_date)
-        for name, path in ((BASE, config.base), (TUNED, config.tuned))
+        for name, path in ((BASE, config.base), (TUNED, tuned))
     }
     # All of them before any weights are loaded: a prompt that one template refuses must not cost an hour of the other.
     encoded = {
@@ -124,11 +137,13 @@ def sample_rollouts(
     }
     identity = {
         "base_fingerprint": model_fingerprint(config.base),
-        "tuned_fingerprint": model_fingerprint(config.tuned),
+        "tuned_fingerprint": model_fingerprint(tuned) if adapter is None else adapter.fingerprint(tuned),
         "prompts_fingerprint": prompts.fingerprint,
         "conditions": list(conditions),
         **{f"{name}_{key}": value for name, encoder in encoders.items() for key, value in encoder.identity.items()},
         **{name: getattr(config, name) for name in ("temperature", "samples", "max_new_tokens", "seed", "dtype")},
+        # Files from before there was a choice say nothing of it.
+        **({} if config.backend == "hf" else {"backend": config.backend}),
     }
     out = Path(config.out)
     if out.exists():
@@ -145,11 +160,20 @@ def sample_rollouts(
     ]
     journal = RolloutJournal(journal_path(out), identity)
     with journal:
-        for name, encoder in encoders.items():
-            open_keys = [key for key in keys if key[0] == name and key not in journal.rows]
+        for models in ((BASE,), (TUNED,)) if adapter is None else ((BASE, TUNED),):
+            open_keys = [key for key in keys if key[0] in models and key not in journal.rows]
             if open_keys:
-                requests = _requests(open_keys, encoded, config.seed)
-                _sample_model(config, encoder, requests, open_keys, journal, progress, meter)
+                requests = _requests(open_keys, encoded, config.seed, adapter)
+                sampler = load_sampler(
+                    encoders[models[0]],
+                    backend=config.backend,
+                    device=config.device,
+                    dtype=config.dtype,
+                    options=config.vllm,
+                    adapter=adapter,
+                )
+                with released(sampler):
+                    _sample(config, sampler, requests, open_keys, journal, progress, meter)
                 _free_memory()
         manifest = {
             "schema_version": 1,
@@ -169,7 +193,9 @@ def journal_path(out: Path) -> Path:
     return out.with_name(out.name + ".partial.jsonl")
 
 
-def _requests(keys: list[Key], encoded: dict[tuple[str, str, str], list[int]], seed: int) -> list[Request]:
+def _requests(
+    keys: list[Key], encoded: dict[tuple[str, str, str], list[int]], seed: int, adapter: Adapter | None
+) -> list[Request]:
     from pairtrace.engine.sampling import Request, rollout_seed
 
     return [
@@ -177,14 +203,15 @@ def _requests(keys: list[Key], encoded: dict[tuple[str, str, str], list[int]], s
             name=f"prompt {identifier!r} ({condition})",
             prompt=encoded[model, condition, identifier],
             seed=rollout_seed(seed, model, condition, identifier, sample),
+            adapter=None if adapter is None or model == BASE else str(adapter.path),
         )
         for model, condition, identifier, sample in keys
     ]
 
 
-def _sample_model(
+def _sample(
     config: RolloutConfig,
-    encoder: PromptEncoder,
+    sampler: Sampler | VLLMSampler,
     requests: list[Request],
     keys: list[Key],
     journal: RolloutJournal,
@@ -192,12 +219,11 @@ def _sample_model(
     meter: CostMeter | None,
 ) -> None:
     from pairtrace.engine.flops import ModelShape
-    from pairtrace.engine.sampling import Sampler
 
-    sampler = Sampler.load(encoder, device=config.device, dtype=config.dtype)
-    shape = ModelShape.known(sampler.model.config)
+    shape = ModelShape.known(sampler.config)
     tokens = 0
-    progress.start(f"rollouts of {keys[0][0]}", len(keys), "responses")
+    models = " and ".join(dict.fromkeys(key[0] for key in keys))
+    progress.start(f"rollouts of {models}", len(keys), "responses")
 
     def on_batch(finished: list[tuple[int, Sampled]]) -> None:
         nonlocal tokens

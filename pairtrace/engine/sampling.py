@@ -35,11 +35,13 @@ class Request:
         name: named in errors.
         prompt: token ids of the conversation up to where the answer begins.
         seed: of this response alone.
+        adapter: directory of the LoRA adapter to answer with, for a sampler that has loaded it; None for none.
     """
 
     name: str
     prompt: Sequence[int]
     seed: int
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +210,8 @@ class Sampler:
         generate = self._generate_fast if self.model.config.model_type in FAMILIES else self._generate
         try:
             with torch.inference_mode():
-                return [self._decode(row) for row in generate(ids, mask, inverse, max_new_tokens)]
+                rows = generate(ids, mask, inverse, max_new_tokens)
+                return [decode(self.tokenizer, row, self.end_tokens) for row in rows]
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -243,9 +246,20 @@ class Sampler:
             choose=_most_likely if inverse is None else inverse.draw,
         )
 
-    def _decode(self, generated: list[int]) -> Sampled:
-        ends = [position for position, token in enumerate(generated) if token in self.end_tokens]
-        kept = generated[: ends[0] + 1] if ends else generated
-        body = kept[:-1] if ends else kept
-        text = self.tokenizer.decode(body, skip_special_tokens=True)
-        return Sampled(response=text, tokens=len(kept), finished=bool(ends), token_ids=tuple(kept))
+    @property
+    def config(self) -> Any:
+        """The transformers configuration of the model."""
+        return self.model.config
+
+    def close(self) -> None:
+        """Let the weights go; the sampler cannot be used any more."""
+        self.model = None
+
+
+def decode(tokenizer: Any, generated: list[int], end_tokens: Sequence[int]) -> Sampled:
+    """A response out of generated tokens, which may go on behind its end token."""
+    ends = [position for position, token in enumerate(generated) if token in end_tokens]
+    kept = generated[: ends[0] + 1] if ends else generated
+    body = kept[:-1] if ends else kept
+    text = tokenizer.decode(body, skip_special_tokens=True)
+    return Sampled(response=text, tokens=len(kept), finished=bool(ends), token_ids=tuple(kept))

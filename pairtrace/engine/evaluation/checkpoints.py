@@ -6,15 +6,18 @@ import gc
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from pairtrace.engine.checkpoint import model_fingerprint, require_whole_weights, resolve_checkpoint, resolve_device
+from pairtrace.engine.checkpoint import load_config, require_whole_weights, resolve_checkpoint, resolve_device
 from pairtrace.engine.evaluation.config import EvaluateConfig
 from pairtrace.engine.evaluation.requests import Request
 from pairtrace.engine.flops import ModelShape
 from pairtrace.engine.prompt_encoder import PromptEncoder
-from pairtrace.errors import ModelError, UnsupportedModelError
+from pairtrace.engine.samplers import load_sampler
+from pairtrace.engine.vllm.adapters import find_adapter, fingerprint_of
+from pairtrace.errors import ConfigError, ModelError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from pairtrace.engine.sampling import Sampler
+    from pairtrace.engine.vllm.sampler import VLLMSampler
 
 
 class Checkpoint:
@@ -28,17 +31,29 @@ class Checkpoint:
 
     def __init__(self, name: str, config: EvaluateConfig) -> None:
         self.name = name
-        require_whole_weights(resolve_checkpoint(name))
-        self.fingerprint = model_fingerprint(name)
-        self.encoder = PromptEncoder.load(name, chat_template=config.chat_template, template_date=config.template_date)
-        self._device, self._dtype = config.device, config.dtype
-        self._sampler: Sampler | None = None
+        self._adapter = find_adapter(name) if config.backend == "vllm" else None
+        if self._adapter is not None and (config.base is not None or config.data is not None or config.lm_eval):
+            raise ConfigError(f"{name} is an adapter: --base, --data and --lm-eval need it merged into a checkpoint")
+        weights = name if self._adapter is None else self._adapter.base
+        require_whole_weights(resolve_checkpoint(weights))
+        self.fingerprint = fingerprint_of(name, weights)
+        self.encoder = PromptEncoder.load(
+            weights, chat_template=config.chat_template, template_date=config.template_date
+        )
+        self._config = config
+        self._sampler: Sampler | VLLMSampler | None = None
+        self._backend = config.backend
         resolve_device(config.device)
+
+    @property
+    def adapter_path(self) -> str | None:
+        """Directory of the adapter that this model is; None for a checkpoint."""
+        return None if self._adapter is None else str(self._adapter.path)
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides anything that the model says: weights, tokenizer, template, end tokens, dtype."""
-        return {"model_fingerprint": self.fingerprint, **self.encoder.identity, "dtype": self._dtype}
+        return {"model_fingerprint": self.fingerprint, **self.encoder.identity, "dtype": self._config.dtype}
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -46,23 +61,30 @@ class Checkpoint:
         return str(self.encoder.identity["tokenizer_fingerprint"])
 
     @property
-    def sampler(self) -> Sampler:
+    def sampler(self) -> Sampler | VLLMSampler:
         """The model, ready to answer; loaded when first needed.
 
         Raises:
             ModelError: weights are missing or damaged.
+            MissingDependencyError: the back end vllm without vLLM.
         """
-        if self._sampler is None:
-            from pairtrace.engine.sampling import Sampler
+        return self._loaded(self._config.backend)
 
-            self._sampler = Sampler.load(self.encoder, device=self._device, dtype=self._dtype)
-        return self._sampler
+    @property
+    def model(self) -> Any:
+        """The transformers model; loaded when first needed, in the place of another back end's.
+
+        Raises:
+            ModelError: weights are missing or damaged.
+        """
+        sampler: Any = self._loaded("hf")
+        return sampler.model
 
     @property
     def shape(self) -> ModelShape | None:
         """The sizes that decide its operations; None for a model type without a formula."""
         try:
-            return ModelShape.from_config(self.sampler.model.config)
+            return ModelShape.from_config(load_config(self.encoder.model))
         except UnsupportedModelError:
             return None
 
@@ -71,10 +93,26 @@ class Checkpoint:
         if self._sampler is not None:
             import torch
 
+            self._sampler.close()
             self._sampler = None
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def _loaded(self, backend: str) -> Sampler | VLLMSampler:
+        if self._sampler is None or self._backend != backend:
+            self.release()
+            self._backend = backend
+            config = self._config
+            self._sampler = load_sampler(
+                self.encoder,
+                backend=backend,
+                device=config.device,
+                dtype=config.dtype,
+                options=config.vllm,
+                adapter=self._adapter,
+            )
+        return self._sampler
 
 
 class PromptTokens:

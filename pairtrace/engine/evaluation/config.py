@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pairtrace.engine.evaluation.rates import Resampling
 from pairtrace.engine.prompts import DISTRACTOR, PLAIN
+from pairtrace.engine.vllm.options import VLLMOptions, check_backend
 from pairtrace.errors import ConfigError
 
 
@@ -47,6 +48,9 @@ class EvaluateConfig:
         template_date: day (YYYY-MM-DD) for a chat template that prints the date: the day of training.
         lm_eval: capability tasks for the package lm-eval.
         lm_eval_limit: examples per task; None for all.
+        backend: what answers: "hf" (transformers) or "vllm", with which a model may also be a LoRA adapter. Drift,
+            preferences and capabilities are measured with transformers.
+        vllm: how vLLM is run; None for its defaults.
     """
 
     prompts: str
@@ -78,8 +82,11 @@ class EvaluateConfig:
     template_date: str | None = None
     lm_eval: tuple[str, ...] = ()
     lm_eval_limit: int | None = None
+    backend: str = "hf"
+    vllm: VLLMOptions | None = None
 
     def __post_init__(self) -> None:
+        check_backend(self.backend, self.vllm)
         for name in ("samples", "max_new_tokens", "batch_size", "token_budget", "replicates", "lm_eval_limit"):
             value = getattr(self, name)
             if value is not None and value < 1:

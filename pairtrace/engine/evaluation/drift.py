@@ -87,7 +87,7 @@ def response_divergences(
     places = [place for place in range(len(rows)) if place not in known]
     if places:
         progress.start(f"drift of {checkpoint.name}", len(places), "responses")
-        model, other, shape = checkpoint.sampler.model, base.sampler.model, checkpoint.shape
+        model, other, shape = checkpoint.model, base.model, checkpoint.shape
         for batch in batches([rows[place] for place in places], config.token_budget):
             found = [places[number] for number in batch]
             chosen = [rows[place] for place in found]

@@ -40,6 +40,8 @@ def require_addition(out: str | None, settings: dict[str, Any]) -> None:
         given = json.loads(json.dumps(settings))
         names = [*_SAME, *(name for key, with_it in _SAME_WITH.items() if found[key] for name in with_it)]
         pairs = [(name, found[name], given[name]) for name in names]
+        # Reports from before there was a choice say nothing of it.
+        pairs.append(("backend", found.get("backend", "hf"), given.get("backend", "hf")))
         fewer = [
             (name, found[name], given[name]) for name in ("models", "lm_eval") if set(found[name]) - set(given[name])
         ]

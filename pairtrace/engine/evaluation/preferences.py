@@ -119,7 +119,7 @@ def pair_log_probabilities(
     if places:
         sides = [_sides(pairs[place // 2])[place % 2] for place in places]
         progress.start(f"preferences of {checkpoint.name}", len(places), "sequences")
-        model, shape = checkpoint.sampler.model, checkpoint.shape
+        model, shape = checkpoint.model, checkpoint.shape
         for batch in batches(sides, config.token_budget):
             rows = [sides[number] for number in batch]
             sums = log_probabilities(model, rows, checkpoint.name)

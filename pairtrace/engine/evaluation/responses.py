@@ -59,6 +59,8 @@ def responses_identity(config: EvaluateConfig, checkpoint: Checkpoint, prompts_f
         "entries": _ENTRIES,
         "prompts_fingerprint": prompts_fingerprint,
         **{name: getattr(config, name) for name in names},
+        # Parts from before there was a choice say nothing of it.
+        **({} if config.backend == "hf" else {"backend": config.backend}),
     }
 
 
@@ -117,6 +119,7 @@ def sample_answers(
                     name=names[position],
                     prompt=prompts[position],
                     seed=rollout_seed(config.seed, *keys[position]),
+                    adapter=checkpoint.adapter_path,
                 )
                 for position in open_positions
             ],

@@ -1,0 +1,160 @@
+"""Sampling responses through vLLM: all requests in one continuous batch, each with its own seed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pairtrace.engine.checkpoint import load_config, resolve_checkpoint, resolve_dtype
+from pairtrace.engine.prompt_encoder import PromptEncoder
+from pairtrace.engine.sampling import Request, Sampled, decode
+from pairtrace.engine.vllm.adapters import Adapter
+from pairtrace.engine.vllm.engine import Engine, EngineRequest
+from pairtrace.engine.vllm.installed import require_vllm
+from pairtrace.engine.vllm.options import VLLMOptions
+from pairtrace.errors import ConfigError
+
+PURPOSE = "sampling with --backend vllm"
+
+
+class VLLMSampler:
+    """A checkpoint that answers through vLLM; the engine is started by the first question.
+
+    Args:
+        encoder: of the checkpoint.
+        dtype: of the forward pass, "auto" for the checkpoint's own.
+        device: "auto", or what the installed vLLM runs on.
+        adapters: that requests may name.
+        options: how vLLM is run.
+
+    Attributes:
+        config: transformers configuration of the checkpoint.
+
+    Raises:
+        MissingDependencyError: vLLM is not installed.
+        ConfigError: its version is not supported.
+        ModelError: the checkpoint is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        encoder: PromptEncoder,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        adapters: Sequence[Adapter] = (),
+        options: VLLMOptions | None = None,
+    ) -> None:
+        require_vllm(PURPOSE)
+        self._path = resolve_checkpoint(encoder.model)
+        self.config = load_config(self._path)
+        self._encoder, self._device = encoder, device
+        self._dtype = str(resolve_dtype(dtype, self.config)).removeprefix("torch.")
+        self._adapters = tuple(adapters)
+        self._options = options or VLLMOptions()
+        self._engine: Engine | None = None
+        self._longest = 0
+
+    def sample(
+        self,
+        requests: Sequence[Request],
+        *,
+        temperature: float,
+        max_new_tokens: int,
+        batch_size: int,
+        on_batch: Callable[[list[tuple[int, Sampled]]], None] | None = None,
+    ) -> list[Sampled]:
+        """Sample one response per request.
+
+        Args:
+            requests: what to answer.
+            temperature: 0 takes the most likely token.
+            max_new_tokens: longest response, in tokens.
+            batch_size: finished responses per call of `on_batch`; vLLM fills its forward passes by itself.
+            on_batch: called with (position in `requests`, response) of each, as they finish.
+
+        Returns:
+            The responses in the order of `requests`.
+
+        Raises:
+            ConfigError: vLLM refuses a request, or does not run on the device.
+            EngineError: vLLM does not start, or died.
+        """
+        if not requests:
+            return []
+        engine = self._started(max(len(request.prompt) for request in requests) + max_new_tokens)
+        results: dict[int, Sampled] = {}
+        finished: list[tuple[int, Sampled]] = []
+
+        def hand_over() -> None:
+            if finished and on_batch is not None:
+                on_batch(list(finished))
+            finished.clear()
+
+        def on_finished(position: int, output: Any) -> None:
+            generated = list(output.outputs[0].token_ids)
+            results[position] = decode(self._encoder.tokenizer, generated, self._encoder.end_tokens)
+            finished.append((position, results[position]))
+            if len(finished) >= batch_size:
+                hand_over()
+
+        try:
+            engine.run(
+                [self._request(place, request, temperature, max_new_tokens) for place, request in enumerate(requests)],
+                on_finished,
+            )
+        finally:
+            hand_over()  # also after an error: what was answered is kept
+        return [results[position] for position in range(len(requests))]
+
+    def close(self) -> None:
+        """End the engine."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _request(self, place: int, request: Request, temperature: float, max_new_tokens: int) -> EngineRequest:
+        from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
+
+        lora = None
+        if request.adapter is not None:
+            paths = [str(adapter.path) for adapter in self._adapters]
+            number = paths.index(request.adapter) + 1
+            lora = LoRARequest(f"adapter-{number}", number, request.adapter)
+        params = SamplingParams(
+            temperature=temperature,
+            seed=request.seed if temperature > 0 else None,
+            max_tokens=max_new_tokens,
+            # Exactly the encoder's end tokens; vLLM would add some of its own.
+            stop_token_ids=list(self._encoder.end_tokens),
+            ignore_eos=True,
+            detokenize=False,
+        )
+        # Equal prompts go to the same engine, which computes them once.
+        return EngineRequest(list(request.prompt), params, replica=hash(tuple(request.prompt)), lora=lora)
+
+    def _started(self, longest: int) -> Engine:
+        """The engine; one that was started for shorter sequences is replaced."""
+        if self._engine is not None and longest <= self._longest:
+            return self._engine
+        self.close()
+        lora: dict[str, Any] = {}
+        if self._adapters:
+            room = max(adapter.room for adapter in self._adapters)
+            lora = {"enable_lora": True, "max_lora_rank": room, "max_loras": len(self._adapters)}
+        engine = Engine(
+            Path(self._path),
+            purpose=PURPOSE,
+            dtype=self._dtype,
+            max_model_len=longest,
+            options=self._options,
+            skip_tokenizer_init=True,
+            **lora,
+        )
+        if self._device not in ("auto", engine.device):
+            engine.close()
+            raise ConfigError(f"--device is {self._device!r}, but the installed vLLM runs on {engine.device!r}")
+        self._engine, self._longest = engine, longest
+        return engine
