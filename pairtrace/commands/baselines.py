@@ -7,7 +7,19 @@ from typing import Annotated
 import typer
 
 from pairtrace.errors import ConfigError
-from pairtrace.options import ComputeDtype, Device, Json, Template, TokenBudget, settings
+from pairtrace.options import (
+    CacheGib,
+    ComputeDtype,
+    DataParallel,
+    Device,
+    EngineOption,
+    Json,
+    Template,
+    TensorParallel,
+    TokenBudget,
+    engine_settings,
+    settings,
+)
 from pairtrace.terminal import Answer, progress
 
 app = typer.Typer(
@@ -73,12 +85,14 @@ def _margin(
 def _judge(
     store: BaselineStore,
     out: BaselineOut,
-    base_url: Annotated[str, typer.Option(help="OpenAI-compatible server, up to and with /v1.")],
-    model: Annotated[str, typer.Option(help="Name of the judge on that server.")],
+    model: Annotated[str, typer.Option(help="Name of the judge on its server; with --backend vllm a checkpoint.")],
+    base_url: Annotated[str, typer.Option(help="OpenAI-compatible server, up to and with /v1.")] = "",
     behavior_text: Annotated[str | None, typer.Option(help="The behaviour to rate, in words.")] = None,
     rubric: Annotated[str | None, typer.Option(help="File with a longer description of the behaviour.")] = None,
     api_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the key.")] = None,
-    concurrency: Annotated[int, typer.Option(help="Questions under way at the same time.")] = 8,
+    concurrency: Annotated[
+        int | None, typer.Option(help="Questions under way at the same time [default: 8; with --backend vllm 256].")
+    ] = None,
     timeout: Annotated[float, typer.Option(help="Seconds for one answer.")] = 120.0,
     attempts: Annotated[int, typer.Option(help="How often a question is asked that fails for a passing reason.")] = 5,
     max_failures: Annotated[int, typer.Option(help="Questions in a row without an answer before giving up.")] = 8,
@@ -93,10 +107,17 @@ def _judge(
     ] = None,
     data: StoreData = None,
     name: BaselineName = "judge",
+    backend: Annotated[str, typer.Option(help="Where the judge is: server, or vllm to run it here.")] = "server",
+    tensor_parallel: TensorParallel = None,
+    data_parallel: DataParallel = None,
+    cache_gib: CacheGib = None,
+    engine_option: EngineOption = None,
     json: Json = False,
 ) -> Answer:
     """Have a language model rate each response from 0 to 10; the score of a pair is chosen minus rejected."""
-    options = settings(locals())
+    options = settings(engine_settings(locals()))
+    if concurrency is None:
+        options["concurrency"] = 256 if backend == "vllm" else 8
     extra = _json_object(options.pop("request"))
     from pairtrace.engine.baselines.judge import score_by_judge
     from pairtrace.engine.baselines.judge_config import JudgeConfig

@@ -12,14 +12,15 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pairtrace.engine.baselines.judge_client import UNANSWERED, JudgeClient
-from pairtrace.engine.baselines.judge_config import JudgeConfig
+from pairtrace.engine.baselines.judge_config import SERVER, JudgeConfig
 from pairtrace.engine.baselines.judge_request import HIGHEST, LOWEST, Rubric, Verdict
 from pairtrace.engine.baselines.scores_file import BaselineScores, write_baseline
 from pairtrace.engine.baselines.store_pairs import open_store_data
@@ -31,6 +32,9 @@ from pairtrace.engine.scores_table import ScoresTable
 from pairtrace.errors import ConfigError, DataFormatError, JudgeError
 from pairtrace.store.layout import OK
 from pairtrace.store.reader import ActivationStore
+
+if TYPE_CHECKING:
+    from pairtrace.engine.vllm.judge import VLLMJudge
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +82,8 @@ def score_by_judge(config: JudgeConfig, progress: Progress = NULL_PROGRESS) -> J
     Raises:
         JudgeError: the server cannot be reached any more, refuses every question, or gives answers but no verdict; what
             it answered is kept.
+        EngineError: vLLM does not start, or died; what it answered is kept.
+        MissingDependencyError: the back end vllm without vLLM.
         StoreError: the store cannot be read or is incomplete.
         DataError: the data is not there or is not that of the store, or the journal is damaged.
         ConfigError: an option cannot be used, `out` holds the scores of another behaviour, judge or method, or a file
@@ -85,16 +91,21 @@ def score_by_judge(config: JudgeConfig, progress: Progress = NULL_PROGRESS) -> J
     """
     begun = time.perf_counter()
     _refuse_other_scores(config)
-    rubric, client = config.load_rubric(), JudgeClient(config.server())
+    rubric = config.load_rubric()
     store = ActivationStore.open(config.store)
     source = open_store_data(store, config.data)
     usable = store.status() == OK
     path = Path(config.out).with_name(Path(config.out).stem + ".judge.jsonl")
     # Verdicts carry their question in their key: one journal serves any rubric, model and data.
     with (
+        _opened(config) as client,
         Journal(path, {"kind": "judge verdicts"}, sync_seconds=_SYNC_SECONDS) as journal,
         CostMeter(
-            method="judge", stage="score", device=API, path=costs_path(config.out), resumed=bool(journal.entries)
+            method="judge",
+            stage="score",
+            device=API if config.backend == SERVER else "auto",
+            path=costs_path(config.out),
+            resumed=bool(journal.entries),
         ) as meter,
     ):
         judging = _Judging(client, rubric, journal, meter, progress)
@@ -109,10 +120,9 @@ def score_by_judge(config: JudgeConfig, progress: Progress = NULL_PROGRESS) -> J
         progress.start("judge", 2 * int(usable.sum()), "responses")
         keys = judging.run(source, usable, config.concurrency)
         progress.finish()
-        record = meter.record
     scores, missing = _scores(keys, usable, judging.verdicts)
     details = {
-        "base_url": config.base_url,
+        "base_url": config.base_url or None,
         "model": config.model,
         "behavior": rubric.behavior,
         "settings": dict(config.settings),
@@ -127,21 +137,37 @@ def score_by_judge(config: JudgeConfig, progress: Progress = NULL_PROGRESS) -> J
         asked=judging.asked,
         reused=judging.reused,
         missing=missing,
-        prompt_tokens=record.api_prompt_tokens,
-        completion_tokens=record.api_completion_tokens,
+        prompt_tokens=judging.prompt_tokens,
+        completion_tokens=judging.completion_tokens,
         seconds=time.perf_counter() - begun,
     )
+
+
+@contextmanager
+def _opened(config: JudgeConfig) -> Iterator[JudgeClient | VLLMJudge]:
+    """The judge, ready to be asked."""
+    if config.backend == SERVER:
+        yield JudgeClient(config.server())
+        return
+    from pairtrace.engine.vllm.judge import VLLMJudge
+
+    judge = VLLMJudge(config.model, config.vllm)
+    try:
+        yield judge
+    finally:
+        judge.close()
 
 
 class _Judging:
     """One run over the data: asks what is not known yet, and keeps what is answered."""
 
     def __init__(
-        self, client: JudgeClient, rubric: Rubric, journal: Journal, meter: CostMeter, progress: Progress
+        self, client: JudgeClient | VLLMJudge, rubric: Rubric, journal: Journal, meter: CostMeter, progress: Progress
     ) -> None:
         self.verdicts = dict(_replay(journal))
         self.asked = 0
         self.reused = 0
+        self.prompt_tokens = self.completion_tokens = 0
         self._scored = 0
         self._without: Counter[str] = Counter()
         self._known = frozenset(self.verdicts)
@@ -212,7 +238,14 @@ class _Judging:
             verdict: Verdict = future.result()
             self.asked += 1
             self.verdicts[key] = verdict
-            self._meter.add(api_prompt_tokens=verdict.prompt_tokens, api_completion_tokens=verdict.completion_tokens)
+            self.prompt_tokens += verdict.prompt_tokens
+            self.completion_tokens += verdict.completion_tokens
+            if isinstance(self._client, JudgeClient):
+                self._meter.add(
+                    api_prompt_tokens=verdict.prompt_tokens, api_completion_tokens=verdict.completion_tokens
+                )
+            else:
+                self._meter.add(tokens=verdict.prompt_tokens + verdict.completion_tokens)
             if verdict.score is not None:
                 self._scored += 1
             elif verdict.reason not in UNANSWERED:

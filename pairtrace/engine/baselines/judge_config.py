@@ -10,7 +10,11 @@ from typing import Any
 from pairtrace.engine.baselines.judge_client import ServerConfig, read_api_key
 from pairtrace.engine.baselines.judge_request import Rubric
 from pairtrace.engine.baselines.scores_file import require_parquet
+from pairtrace.engine.vllm.options import VLLMOptions, check_backend
 from pairtrace.errors import ConfigError
+
+SERVER = "server"
+JUDGES = (SERVER, "vllm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,8 +72,11 @@ class JudgeConfig(JudgeSettings):
         data: where the preference data is; None for the path that the store recorded.
         ask_again: ask again where an earlier run was answered without a verdict, after the server was changed.
         name: of the score column.
+        backend: "server", or "vllm": the checkpoint `model` is run here, without a server.
+        vllm: how vLLM is run; None for its defaults.
     """
 
+    base_url: str = ""
     store: str
     out: str
     behavior_text: str | None = None
@@ -77,9 +84,18 @@ class JudgeConfig(JudgeSettings):
     data: str | None = None
     ask_again: bool = False
     name: str = "judge"
+    backend: str = SERVER
+    vllm: VLLMOptions | None = None
 
     def __post_init__(self) -> None:
         require_parquet(self.out)
+        check_backend(self.backend, self.vllm, JUDGES)
+        if self.backend == SERVER and not self.base_url:
+            raise ConfigError("a judge behind a server needs its address: --base-url; or --backend vllm runs one here")
+        if self.backend != SERVER and (self.base_url or self.api_key_env is not None):
+            raise ConfigError(
+                f"--base-url and --api-key-env are for a judge behind a server, but --backend is {self.backend}"
+            )
         if (self.behavior_text is None) == (self.rubric is None):
             raise ConfigError("expected either --behavior-text or --rubric: the judge has to be told the behaviour")
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""The part that runs inside vLLM: which sequence ends where, and what is pooled when it does.
+"""The part that runs inside vLLM: which sequence ends where, what is pooled when it does, and who tells of its death.
 
 Everything here that vLLM does not document is listed with the test that notices a change (tests/vllm):
 
@@ -8,12 +8,16 @@ Everything here that vLLM does not document is listed with the test that notices
   layer numbers; number l is the stream after l blocks (test_extraction).
 - Blocks that several sequences share hold the same hidden states for all of them (test_extraction).
 - A worker extension reaches its connector through `get_kv_transfer_group`, and its model through
-  `model_runner.get_model` (any test).
+  `model_runner.get_model` (test_extraction).
+- A call that waits for an engine takes its answer from `outputs_queue` or `utility_results` of the client, which knows
+  the sentinels of its processes (test_store).
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
+from multiprocessing import connection
 from typing import TYPE_CHECKING, Any
 
 from vllm.config import get_layers_from_vllm_config
@@ -24,6 +28,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+from vllm.v1.engine.core_client import InprocClient
+from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.kv_cache_interface import HiddenStateCacheSpec
 
 from pairtrace.engine.vllm.pair_pooler import PairPooler, Span
@@ -192,3 +198,36 @@ class PoolingWorker:
         """The rows that are ready here."""
         rows: list[tuple[list[int], bytes]] = get_kv_transfer_group().pooler.take()
         return rows
+
+
+def end_waits_of_the_dead(model: Any) -> None:
+    """Have the calls that wait for an engine fail when its process dies; by themselves they would wait for ever.
+
+    Args:
+        model: `vllm.LLM`.
+    """
+    client = model.llm_engine.engine_core
+    if isinstance(client, InprocClient):
+        return
+    manager = client.resources.engine_manager
+
+    def watch() -> None:
+        connection.wait(manager.sentinels())
+        client.resources.engine_dead = True
+        client.outputs_queue.put_nowait(EngineDeadError())
+        for future in list(client.utility_results.values()):
+            if not future.done():
+                future.set_exception(EngineDeadError())
+
+    threading.Thread(target=watch, name="pairtrace-engine-watch", daemon=True).start()
+
+
+def step_here(model: Any) -> None:
+    """Let an engine that runs in this process take a step; one in a process of its own goes on by itself.
+
+    Args:
+        model: `vllm.LLM`.
+    """
+    client = model.llm_engine.engine_core
+    if isinstance(client, InprocClient):  # with VLLM_ENABLE_V1_MULTIPROCESSING=0
+        client.get_output()

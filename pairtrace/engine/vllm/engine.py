@@ -73,6 +73,8 @@ class Engine:
         from vllm import LLM
         from vllm.platforms import current_platform
 
+        from pairtrace.engine.vllm.connector import end_waits_of_the_dead
+
         self.device = str(current_platform.device_type)
         cpu = self.device == "cpu"
         settings: dict[str, Any] = {
@@ -101,6 +103,7 @@ class Engine:
                 with _devices_of(replica, options, self.device):
                     self._models.append(LLM(**settings))
                 self._engines.append(self._models[-1].llm_engine)
+                end_waits_of_the_dead(self._models[-1])
         except (ValueError, RuntimeError, OSError) as error:
             self.close()
             raise EngineError(
@@ -113,12 +116,18 @@ class Engine:
         """The engines' `VllmConfig`."""
         return self._engines[0].vllm_config
 
-    def run(self, requests: Sequence[EngineRequest], on_finished: Callable[[int, Any], None]) -> None:
+    def run(
+        self,
+        requests: Sequence[EngineRequest],
+        on_finished: Callable[[int, Any], None],
+        more: Callable[[], Sequence[EngineRequest]] = tuple,
+    ) -> None:
         """Run requests to their end, all in one continuous batch.
 
         Args:
             requests: what to run; they begin in this order.
             on_finished: called with (position, `vllm.RequestOutput`) when a request has ended.
+            more: called between steps for requests that have come meanwhile; their positions follow on.
 
         Raises:
             EngineError: an engine died.
@@ -128,31 +137,38 @@ class Engine:
 
         first = self._asked
         try:
-            for request in requests:
-                engine = self._engines[request.replica % len(self._engines)]
-                prompt = {"prompt_token_ids": request.prompt}
-                engine.add_request(str(self._asked), prompt, request.params, lora_request=request.lora)
-                self._asked += 1
-            busy = list(self._engines)
-            while busy := [engine for engine in busy if engine.has_unfinished_requests()]:
+            self._add(requests)
+            while busy := [engine for engine in self._engines if engine.has_unfinished_requests()]:
                 for engine in busy:
                     for output in engine.step():
                         if output.finished:
                             on_finished(int(output.request_id) - first, output)
+                self._add(more())
         except EngineDeadError as error:
             raise self._died() from error
         except ValueError as error:
             raise ConfigError(f"vLLM refuses a sequence: {error}") from error
 
+    def _add(self, requests: Sequence[EngineRequest]) -> None:
+        for request in requests:
+            engine = self._engines[request.replica % len(self._engines)]
+            prompt = {"prompt_token_ids": request.prompt}
+            engine.add_request(str(self._asked), prompt, request.params, lora_request=request.lora)
+            self._asked += 1
+
     def call(self, method: str, *arguments: Any) -> list[Any]:
-        """What a method of the worker extension returns on every worker of every engine.
+        """What a method of the worker extension returns on every worker of every engine, a step later.
 
         Raises:
             EngineError: an engine died.
         """
         from vllm.v1.engine.exceptions import EngineDeadError
 
+        from pairtrace.engine.vllm.connector import step_here
+
         try:
+            for model in self._models:
+                step_here(model)
             return [found for model in self._models for found in model.collective_rpc(method, args=arguments)]
         except EngineDeadError as error:
             raise self._died() from error

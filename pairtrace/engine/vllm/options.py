@@ -45,14 +45,14 @@ class VLLMOptions:
             raise ConfigError(f"--engine-option may not set {', '.join(ours)}: pairtrace decides that itself")
 
 
-def check_backend(backend: str, options: VLLMOptions | None) -> None:
+def check_backend(backend: str, options: VLLMOptions | None, known: tuple[str, ...] = BACKENDS) -> None:
     """Make sure that a back end is known, and that options of vLLM come with it only.
 
     Raises:
         ConfigError: they do not fit.
     """
-    if backend not in BACKENDS:
-        raise ConfigError(f"--backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    if backend not in known:
+        raise ConfigError(f"--backend is {backend!r}; expected one of {', '.join(known)}")
     if options is not None and backend != "vllm":
         raise ConfigError(
             "--tensor-parallel, --data-parallel, --cache-gib and --engine-option are for --backend vllm, "

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pairtrace.cli import app
+from pairtrace.engine.baselines.judge_config import JudgeConfig
 from pairtrace.engine.extract import ExtractConfig
 from pairtrace.engine.vllm import installed
 from pairtrace.engine.vllm.cache_need import bytes_per_token, require_cache
@@ -131,3 +132,17 @@ def test_options_of_the_command_line_become_one_setting() -> None:
     }
     nothing = dict.fromkeys(("tensor_parallel", "data_parallel", "cache_gib", "engine_option"))
     assert engine_settings({**nothing, "other": 3}) == {"other": 3, "vllm": None}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "needs its address: --base-url"),
+        ({"backend": "vllm", "base_url": "http://x/v1"}, "are for a judge behind a server"),
+        ({"backend": "hf"}, "--backend is 'hf'; expected one of server, vllm"),
+        ({"base_url": "http://x/v1", "vllm": VLLMOptions(tensor_parallel=2)}, "are for --backend vllm"),
+    ],
+)
+def test_a_judge_is_behind_a_server_or_in_vllm(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        JudgeConfig(store="s.zarr", out="o.parquet", model="m", behavior_text="x", **changes)

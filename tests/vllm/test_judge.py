@@ -1,0 +1,65 @@
+"""A judge in vLLM: structured output from the real engine, whatever the model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pairtrace.engine.baselines.judge import score_by_judge
+from pairtrace.engine.baselines.judge_client import REQUEST_REFUSED
+from pairtrace.engine.baselines.judge_config import JudgeConfig
+from pairtrace.engine.baselines.judge_request import Rubric
+from pairtrace.engine.cost import costs_path, read_costs
+from pairtrace.engine.scores_table import ScoresTable
+from pairtrace.engine.vllm.judge import VLLMJudge
+from pairtrace.engine.vllm.options import VLLMOptions
+from pairtrace.errors import ConfigError
+from tests.engine.small_store import make_store
+from tests.models import HH
+from tests.vllm.engines import CACHE_GIB, needs_vllm, vllm_model
+
+pytestmark = [needs_vllm, pytest.mark.skipif(not HH.is_file(), reason="needs ../shared/data")]
+
+OPTIONS = VLLMOptions(cache_gib=CACHE_GIB, engine={"max_num_seqs": 32})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vllm_model("llama", tmp_path_factory.mktemp("judge"))
+
+
+def test_every_answer_is_a_verdict_and_none_is_asked_twice(model: Path, tmp_path: Path) -> None:
+    """A model of random weights writes JSON by the schema only because the engine makes it."""
+    store = make_store(tmp_path, rows=12, quarantined=(5,), zero=())
+    config = JudgeConfig(
+        store=store.path,
+        out=str(tmp_path / "judge.parquet"),
+        model=str(model),
+        behavior_text="praises the user",
+        backend="vllm",
+        vllm=OPTIONS,
+        concurrency=16,
+    )
+    summary = score_by_judge(config)
+    assert summary.missing == {} and summary.responses == 22 and summary.asked > 11
+    assert summary.prompt_tokens > 100 * summary.asked and summary.completion_tokens >= 5 * summary.asked
+    table = ScoresTable.open(config.out)
+    assert table.manifest["details"]["base_url"] is None
+    (cost,) = [record for record in read_costs(costs_path(config.out)) if record.method == "judge"]
+    assert cost.model_tokens == summary.prompt_tokens + summary.completion_tokens and cost.api_prompt_tokens == 0
+    again = score_by_judge(config)
+    assert again.asked == 0 and again.reused == summary.asked
+
+
+def test_questions_that_cannot_be_asked(model: Path) -> None:
+    judge = VLLMJudge(str(model), OPTIONS)
+    try:
+        body = Rubric("praises", "m").body("Hello", "Good day")
+        assert judge.ask(body).reason == ""
+        assert judge.ask({**body, "max_tokens": 5000}).reason == REQUEST_REFUSED
+        with pytest.raises(ConfigError, match="holds logit_bias, which --backend vllm does not know"):
+            judge.ask({**body, "logit_bias": {}})
+    finally:
+        judge.close()
+    assert judge.ask(body).reason == REQUEST_REFUSED
