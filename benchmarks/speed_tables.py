@@ -243,3 +243,35 @@ def discover_table(content: Record) -> str:
         f"of rows both call clustered. {found}A method that did not finish is not started on more rows.{absent} "
         f"{where(content)}{missed(content)}"
     )
+
+
+def vllm_table(content: Record) -> str:
+    """Extraction and rollouts through vLLM."""
+    results, work = dict(content["results"]), content["workload"]
+    rollouts = results.pop("rollouts")
+    rows = []
+    for name, row in results.items():
+        fastest, slowest = work["useful_tokens"] / row["lowest"], work["useful_tokens"] / row["highest"]
+        memory = row["peak_memory_bytes"]
+        rows.append(
+            (
+                f"**{name}**" if name == "pairtrace" else name,
+                f"{row['useful_tokens_per_second']:,.0f} ({slowest:,.0f} to {fastest:,.0f})",
+                f"{row['times_faster']:.2f}x",
+                f"{row['bytes_out'] / 1e6:.3g}",
+                "" if memory is None else f"{memory / 2**20:,.0f}",
+                f"{row['relative_maximum_error']:.0e}",
+            )
+        )
+    made = table(("through vLLM", "useful tokens/s", "faster", "MB out", "worker's peak, MiB", "error"), rows)
+    rates = {name: row["tokens_per_second"] for name, row in rollouts.items()}
+    clock = "processor time of all processes" if work["clock"] == "processor" else "wall time"
+    return (
+        f"{made}\n\n{work['pairs']} pairs of {' and '.join(work['data'])}, {work['shape']} shape with random weights, "
+        f"layer {work['layer']} of {work['blocks']}, {work['dtype']}, {clock}; medians and ranges of interleaved runs. "
+        "A useful token is one of a prompt, counted once, or of a response. MB out left the worker; the error is that "
+        "of the float16 rows, against transformers. Of pairs with responses of 100 tokens and more, "
+        f"{work['bytes_share_of_long_pairs']:.2%} of stock's bytes leave the worker. Rollouts of {work['sequences']} "
+        f"sequences of {work['new_tokens']} tokens: {rates['transformers']:,.0f} tokens/s with transformers, "
+        f"{rates['vLLM']:,.0f} with vLLM ({work['rollout_speed_up']:.2f}x). {where(content)}{missed(content)}"
+    )
