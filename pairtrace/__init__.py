@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from pairtrace.engine.selection import SelectionRule
     from pairtrace.engine.training.config import TrainConfig
     from pairtrace.engine.training.train import train
+    from pairtrace.engine.truncation import TruncateConfig, truncate
+    from pairtrace.engine.vllm.options import VLLMOptions
     from pairtrace.store.reader import ActivationStore
     from pairtrace.store.verify import verify
 
@@ -70,6 +72,8 @@ __all__ = [
     "ScoreConfig",
     "SelectionRule",
     "TrainConfig",
+    "TruncateConfig",
+    "VLLMOptions",
     "__version__",
     "build_behavior",
     "convert",
@@ -93,6 +97,7 @@ __all__ = [
     "sources",
     "top",
     "train",
+    "truncate",
     "verify",
 ]
 
@@ -120,6 +125,8 @@ _HOMES = {
     "ScoreConfig": "pairtrace.engine.score",
     "SelectionRule": "pairtrace.engine.selection",
     "TrainConfig": "pairtrace.engine.training.config",
+    "TruncateConfig": "pairtrace.engine.truncation",
+    "VLLMOptions": "pairtrace.engine.vllm.options",
     "build_behavior": "pairtrace.engine.behavior",
     "convert": "pairtrace.engine.convert",
     "diagnose": "pairtrace.engine.diagnosis.diagnose",
@@ -142,6 +149,7 @@ _HOMES = {
     "sources": "pairtrace.engine.ranking",
     "top": "pairtrace.engine.ranking",
     "train": "pairtrace.engine.training.train",
+    "truncate": "pairtrace.engine.truncation",
     "verify": "pairtrace.store.verify",
 }
 

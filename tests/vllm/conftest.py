@@ -1,4 +1,4 @@
-"""Engines of the tests run in their process, which spares each the start of two more."""
+"""Where the engines of the tests run."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ from collections.abc import Iterator
 
 import pytest
 
+_SETTING = "VLLM_ENABLE_V1_MULTIPROCESSING"
+
 
 @pytest.fixture(scope="session", autouse=True)
 def engines_in_this_process() -> Iterator[None]:
+    """Most of them run in the tests' own process, which spares each the start of two more."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        patch.setenv(_SETTING, "0")
         yield
+
+
+@pytest.fixture
+def engines_in_processes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As vLLM does it by itself."""
+    from vllm import envs
+
+    envs.disable_envs_cache()
+    monkeypatch.setenv(_SETTING, "1")
+    yield
+    envs.disable_envs_cache()

@@ -109,6 +109,7 @@ def test_equals_transformers_whatever_the_schedule(
         require_equal(with_vllm(backend, pairs), wanted)
 
 
+@pytest.mark.usefixtures("engines_in_processes")
 def test_two_copies_of_the_model_share_the_pairs(olmo2: Path, pairs: list[RenderedPair]) -> None:
     wanted = with_transformers(olmo2, pairs, (2,), "float32")
     with start(olmo2, (2,), options={"data_parallel": 2, "cache_gib": CACHE_GIB}) as backend:

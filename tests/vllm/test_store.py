@@ -14,7 +14,7 @@ import pytest
 
 from pairtrace.engine.extract import ExtractConfig, extract
 from pairtrace.engine.vllm.options import VLLMOptions
-from pairtrace.errors import EngineError, StoreMismatchError
+from pairtrace.errors import ConfigError, EngineError, LayerError, StoreMismatchError
 from pairtrace.store.layout import OK
 from pairtrace.store.reader import ActivationStore
 from pairtrace.store.verify import verify
@@ -74,6 +74,7 @@ class KillsTheEngine:
         pass
 
 
+@pytest.mark.usefixtures("engines_in_processes")
 def test_a_killed_engine_leaves_a_sound_store_that_the_next_run_completes(model: Path, tmp_path: Path) -> None:
     """And the rows are then those of the transformers back end, quarantined ones included."""
     data = tmp_path / "rows.jsonl"
@@ -105,3 +106,26 @@ def test_a_killed_engine_leaves_a_sound_store_that_the_next_run_completes(model:
             assert np.abs(one - other).max() <= 1e-5 * np.abs(other).max()
     with pytest.raises(StoreMismatchError, match="backend is 'vllm', but 'hf' is needed"):
         extract(config(model, Path(given.store), data=str(data), limit=None, sides=True, backend="hf", vllm=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"layers": (5,)}, LayerError, "layer 5 is outside this model"),
+        ({"device": "cuda"}, ConfigError, "cuda"),
+        ({"vllm": VLLMOptions(engine={"no_such": 1})}, ConfigError, "--engine-option names no_such"),
+        ({"vllm": VLLMOptions(cache_gib=1e-5)}, ConfigError, "does not hold one sequence of 200 tokens"),
+        # Enough by the count of bytes, but not for whole blocks of every layer.
+        ({"vllm": VLLMOptions(cache_gib=2.5e-4)}, EngineError, "does not start.*raise --cache-gib"),
+        (
+            {"max_length": None, "limit": 2000, "vllm": VLLMOptions(cache_gib=CACHE_GIB)},
+            ConfigError,
+            "give --max-length",
+        ),
+    ],
+)
+def test_what_cannot_run_is_told(changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
+    context = 128 if "limit" in changes else 4096
+    model = vllm_model("olmo2", tmp_path / "model", max_position_embeddings=context)
+    with pytest.raises(error, match=message):
+        extract(config(model, tmp_path / "acts.zarr", **changes))

@@ -231,8 +231,15 @@ class _Run:
             return capability_scores(self.config, checkpoint.name, part)
 
     def release(self, checkpoint: Checkpoint | None) -> None:
-        """Give up the weights of a checkpoint, unless it is the base, which the next ones need."""
-        if checkpoint is not None and checkpoint is not self.base:
+        """Give up the weights of a checkpoint, unless it is the base, which the next ones need.
+
+        With vLLM, which takes nearly all memory of a device, nothing may stay beside the next engine.
+        """
+        if self.config.backend == "vllm":
+            for held in (checkpoint, self.base):
+                if held is not None:
+                    held.release()
+        elif checkpoint is not None and checkpoint is not self.base:
             checkpoint.release()
 
 

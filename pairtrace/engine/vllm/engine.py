@@ -6,14 +6,14 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pairtrace.engine.vllm.installed import require_vllm
 from pairtrace.engine.vllm.options import VLLMOptions
-from pairtrace.errors import ConfigError, EngineError
+from pairtrace.errors import ConfigError, EngineError, PairtraceError
 
 logger = logging.getLogger(__name__)
 
@@ -71,10 +71,12 @@ class Engine:
     ) -> None:
         require_vllm(purpose)
         from vllm import LLM
+        from vllm.exceptions import VLLMError
         from vllm.platforms import current_platform
 
         from pairtrace.engine.vllm.connector import end_waits_of_the_dead
 
+        _require_arguments(options)
         self.device = str(current_platform.device_type)
         cpu = self.device == "cpu"
         settings: dict[str, Any] = {
@@ -104,7 +106,10 @@ class Engine:
                     self._models.append(LLM(**settings))
                 self._engines.append(self._models[-1].llm_engine)
                 end_waits_of_the_dead(self._models[-1])
-        except (ValueError, RuntimeError, OSError) as error:
+        except PairtraceError:
+            self.close()
+            raise
+        except (VLLMError, ValueError, RuntimeError, OSError) as error:
             self.close()
             raise EngineError(
                 f"vLLM does not start for {purpose}: {str(error).strip()}; what its processes said is above. If memory "
@@ -146,14 +151,17 @@ class Engine:
                 self._add(more())
         except EngineDeadError as error:
             raise self._died() from error
-        except ValueError as error:
-            raise ConfigError(f"vLLM refuses a sequence: {error}") from error
 
     def _add(self, requests: Sequence[EngineRequest]) -> None:
+        from vllm.exceptions import VLLMClientError
+
         for request in requests:
             engine = self._engines[request.replica % len(self._engines)]
             prompt = {"prompt_token_ids": request.prompt}
-            engine.add_request(str(self._asked), prompt, request.params, lora_request=request.lora)
+            try:
+                engine.add_request(str(self._asked), prompt, request.params, lora_request=request.lora)
+            except (VLLMClientError, ValueError) as error:
+                raise ConfigError(f"vLLM refuses a sequence of {len(request.prompt)} tokens: {error}") from error
             self._asked += 1
 
     def call(self, method: str, *arguments: Any) -> list[Any]:
@@ -193,6 +201,15 @@ class Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _require_arguments(options: VLLMOptions) -> None:
+    """ConfigError for an engine option that vLLM does not know."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    unknown = sorted(set(options.engine) - {field.name for field in fields(EngineArgs)})
+    if unknown:
+        raise ConfigError(f"--engine-option names {', '.join(unknown)}, which this vLLM does not know")
 
 
 @contextmanager
