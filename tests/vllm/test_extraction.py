@@ -97,15 +97,16 @@ def _shifted(original: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("name", "engine"),
-    [("no prefix caching", {"enable_prefix_caching": False}), ("whole prompts", {"enable_chunked_prefill": False})],
+    ("layers", "engine"),
+    [((1, 3), {"enable_prefix_caching": False}), ((0,), {"enable_chunked_prefill": False})],
+    ids=["no prefix caching", "whole prompts"],
 )
 def test_equals_transformers_whatever_the_schedule(
-    name: str, engine: dict[str, Any], olmo2: Path, pairs: list[RenderedPair]
+    layers: tuple[int, ...], engine: dict[str, Any], olmo2: Path, pairs: list[RenderedPair]
 ) -> None:
-    """And from a checkpoint that is cut at the deepest layer."""
-    wanted = with_transformers(olmo2, pairs, (1, 3), "float32")
-    with start(olmo2, (1, 3), engine=engine) as backend:
+    """And from a checkpoint that is cut at the deepest layer, with layer 0 alone as well."""
+    wanted = with_transformers(olmo2, pairs, layers, "float32")
+    with start(olmo2, layers, engine=engine) as backend:
         require_equal(with_vllm(backend, pairs), wanted)
 
 

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     import torch
 
 # Key of a request's own parameters, and of the connector's settings.
-SPAN, DTYPE, SIDES, LOOKUP = "pairtrace_span", "pairtrace_dtype", "pairtrace_sides", "pairtrace_lookup"
+SPAN = "pairtrace_span"
+DTYPE, SIDES, LOOKUP, READ = "pairtrace_dtype", "pairtrace_sides", "pairtrace_lookup", "pairtrace_read"
 
 
 def pooling_arguments(layers: tuple[int, ...], *, lookup: bool, dtype: str, sides: bool) -> dict[str, Any]:
@@ -55,14 +56,19 @@ def pooling_arguments(layers: tuple[int, ...], *, lookup: bool, dtype: str, side
         "speculative_config": {
             "method": "extract_hidden_states",
             "num_speculative_tokens": 1,
-            # vLLM insists on one; of this layer nothing is read when only layer 0 is wanted.
+            # vLLM insists on one, also when only a layer is wanted that is looked up.
             "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": asked or [1]}},
         },
         "kv_transfer_config": {
             "kv_connector": PoolingConnector.__name__,
             "kv_connector_module_path": __name__,
             "kv_role": "kv_producer",
-            "kv_connector_extra_config": {DTYPE: dtype, SIDES: sides, LOOKUP: lookup and 0 in layers},
+            "kv_connector_extra_config": {
+                DTYPE: dtype,
+                SIDES: sides,
+                LOOKUP: len(asked) < len(layers),
+                READ: len(asked),
+            },
         },
         "worker_extension_cls": f"{__name__}.{PoolingWorker.__name__}",
     }
@@ -90,6 +96,7 @@ class PoolingConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         settings = self._kv_transfer_config.kv_connector_extra_config
         self.lookup = bool(settings[LOOKUP])
+        self._read = int(settings[READ])
         self._group = _hidden_state_group(kv_cache_config)
         self._finished: dict[str, Span] = {}
         self.pooler = PairPooler(settings[DTYPE], settings[SIDES])
@@ -145,7 +152,7 @@ class PoolingConnector(KVConnectorBase_V1, SupportsHMA):
         from vllm.model_executor.models.extract_hidden_states import CacheOnlyAttentionLayer
 
         (name,) = get_layers_from_vllm_config(self._vllm_config, CacheOnlyAttentionLayer, list(kv_caches))
-        self._cache = kv_caches[name]
+        self._cache = kv_caches[name][:, : self._read]
         # Hidden states are the same on every rank of a tensor-parallel group.
         self._pools = get_tensor_model_parallel_rank() == 0
 
