@@ -11,7 +11,10 @@ _SETTING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 @pytest.fixture(scope="session", autouse=True)
 def engines_in_this_process() -> Iterator[None]:
-    """Most of them run in the tests' own process, which spares each the start of two more."""
+    """Most of them run in the tests' own process, which spares each the start of two more.
+
+    Not those of a family that vLLM runs by transformers' code (olmo2): it alters the classes for the whole process.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(_SETTING, "0")
         yield

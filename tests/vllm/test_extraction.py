@@ -35,13 +35,20 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def olmo2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return vllm_model("olmo2", tmp_path_factory.mktemp("olmo2"))
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return vllm_model("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
-def pairs(olmo2: Path) -> list[RenderedPair]:
-    return [*real_pairs(olmo2), *odd_pairs()]
+def pairs(llama: Path) -> list[RenderedPair]:
+    return [*real_pairs(llama), *odd_pairs()]
+
+
+@pytest.fixture
+def where(request: pytest.FixtureRequest) -> None:
+    """A test with a parameter `kind` runs olmo2 in processes of its own; see the conftest."""
+    if request.node.callspec.params["kind"] == "olmo2":
+        request.getfixturevalue("engines_in_processes")
 
 
 def with_vllm(backend: VLLMBackend, pairs: list[RenderedPair]) -> np.ndarray:
@@ -64,6 +71,7 @@ def require_equal(found: np.ndarray, wanted: np.ndarray) -> None:
     assert relative_error(found[:, :1] - found[:, 1:], wanted[:, :1] - wanted[:, 1:]) <= GATE
 
 
+@pytest.mark.usefixtures("where")
 @pytest.mark.parametrize("kind", sorted(VLLM_FAMILIES))
 def test_equals_transformers(
     kind: str, tmp_path: Path, pairs: list[RenderedPair], monkeypatch: pytest.MonkeyPatch
@@ -96,27 +104,34 @@ def _shifted(original: Any) -> Any:
     return lambda pair, side, begin: original(pair, side, begin - 1)
 
 
+@pytest.mark.usefixtures("where")
 @pytest.mark.parametrize(
-    ("layers", "engine"),
-    [((1, 3), {"enable_prefix_caching": False}), ((0,), {"enable_chunked_prefill": False})],
-    ids=["no prefix caching", "whole prompts"],
+    ("kind", "layers", "engine"),
+    [
+        ("llama", (1, 3), {"enable_prefix_caching": False}),
+        ("llama", (0,), {"enable_chunked_prefill": False}),
+        ("olmo2", (0,), {}),
+    ],
+    ids=["no prefix caching", "whole prompts", "only what is looked up"],
 )
 def test_equals_transformers_whatever_the_schedule(
-    layers: tuple[int, ...], engine: dict[str, Any], olmo2: Path, pairs: list[RenderedPair]
+    kind: str, layers: tuple[int, ...], engine: dict[str, Any], tmp_path: Path, pairs: list[RenderedPair]
 ) -> None:
     """And from a checkpoint that is cut at the deepest layer, with layer 0 alone as well."""
-    wanted = with_transformers(olmo2, pairs, layers, "float32")
-    with start(olmo2, layers, engine=engine) as backend:
+    model = vllm_model(kind, tmp_path / "model")
+    wanted = with_transformers(model, pairs, layers, "float32")
+    with start(model, layers, engine=engine) as backend:
         require_equal(with_vllm(backend, pairs), wanted)
 
 
 @pytest.mark.usefixtures("engines_in_processes")
-def test_two_copies_of_the_model_share_the_pairs(olmo2: Path, pairs: list[RenderedPair]) -> None:
-    wanted = with_transformers(olmo2, pairs, (2,), "float32")
-    with start(olmo2, (2,), options={"data_parallel": 2, "cache_gib": CACHE_GIB}) as backend:
+def test_two_copies_of_the_model_share_the_pairs(llama: Path, pairs: list[RenderedPair]) -> None:
+    wanted = with_transformers(llama, pairs, (2,), "float32")
+    with start(llama, (2,), options={"data_parallel": 2, "cache_gib": CACHE_GIB}) as backend:
         require_equal(with_vllm(backend, pairs), wanted)
 
 
+@pytest.mark.usefixtures("where")
 @pytest.mark.parametrize("kind", ["llama", "olmo2", "qwen3"])
 def test_bfloat16_stays_close(kind: str, tmp_path: Path, pairs: list[RenderedPair]) -> None:
     """With weights as training starts from; those of the other tests amplify any rounding."""

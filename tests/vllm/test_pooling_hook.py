@@ -29,7 +29,7 @@ def test_each_request_ends_once_with_all_its_blocks_also_after_preemption(
     monkeypatch.setenv(recording.LOG, str(log))
     monkeypatch.setenv("PAIRTRACE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(connector, "pooling_arguments", lambda *a, **k: recording.recorded(original(*a, **k)))
-    model = vllm_model("olmo2", tmp_path / "model")
+    model = vllm_model("llama", tmp_path / "model")
     random = np.random.default_rng(0)
     pairs = [
         synthetic(*(random.integers(5, 590, 200).tolist() for _ in range(2)), chosen_start=1 + 7 * number)

@@ -113,7 +113,7 @@ def test_greedy_tokens_are_those_of_transformers_with_and_without_an_adapter(
 
 def test_where_bfloat16_rounds_two_tokens_to_a_tie_either_may_come(tmp_path: Path) -> None:
     """Greedy tokens of a bfloat16 model: the same up to the first place where the best two are a rounding apart."""
-    model = vllm_model("olmo2", tmp_path / "model", dtype=torch.bfloat16)
+    model = vllm_model("qwen3", tmp_path / "model", dtype=torch.bfloat16)
     encoder = PromptEncoder.load(str(model))
     requests = requests_for(encoder)
     sampler = VLLMSampler(encoder, options=OPTIONS)

@@ -126,6 +126,6 @@ def test_a_killed_engine_leaves_a_sound_store_that_the_next_run_completes(model:
 )
 def test_what_cannot_run_is_told(changes: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
     context = 128 if "limit" in changes else 4096
-    model = vllm_model("olmo2", tmp_path / "model", max_position_embeddings=context)
+    model = vllm_model("llama", tmp_path / "model", max_position_embeddings=context)
     with pytest.raises(error, match=message):
         extract(config(model, tmp_path / "acts.zarr", **changes))
