@@ -35,6 +35,8 @@ class Checkpoint:
         if self._adapter is not None and (config.base is not None or config.data is not None or config.lm_eval):
             raise ConfigError(f"{name} is an adapter: --base, --data and --lm-eval need it merged into a checkpoint")
         weights = name if self._adapter is None else self._adapter.base
+        if not weights:
+            raise ModelError(f"{name} is an adapter whose adapter_config.json does not name base_model_name_or_path")
         require_whole_weights(resolve_checkpoint(weights))
         self.fingerprint = fingerprint_of(name, weights)
         self.encoder = PromptEncoder.load(

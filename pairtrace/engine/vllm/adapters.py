@@ -92,6 +92,7 @@ def find_adapter(model: str, base: str | None = None) -> Adapter | None:
         raise ModelError(f"{path} has no {_WEIGHTS}; pickled adapters are never read")
     if (
         base is not None
+        and trained_on
         and Path(trained_on).is_dir()
         and Path(base).is_dir()
         and not Path(trained_on).samefile(base)
