@@ -89,7 +89,8 @@ class Engine:
             "trust_remote_code": False,
             "generation_config": "vllm",
             "disable_log_stats": True,
-            **({"block_size": _CPU_BLOCK} if cpu else {}),
+            # Compiling for a CPU takes minutes, and its kernels are no faster.
+            **({"block_size": _CPU_BLOCK, "enforce_eager": True} if cpu else {}),
             **arguments,
             **options.engine,
         }

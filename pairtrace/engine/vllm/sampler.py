@@ -100,10 +100,11 @@ class VLLMSampler:
                 hand_over()
 
         try:
-            engine.run(
-                [self._request(place, request, temperature, max_new_tokens) for place, request in enumerate(requests)],
-                on_finished,
-            )
+            for places in _batches(requests, engine.device):
+                engine.run(
+                    [self._request(requests[place], temperature, max_new_tokens) for place in places],
+                    lambda position, output, places=places: on_finished(places[position], output),  # type: ignore[misc]
+                )
         finally:
             hand_over()  # also after an error: what was answered is kept
         return [results[position] for position in range(len(requests))]
@@ -114,7 +115,7 @@ class VLLMSampler:
             self._engine.close()
             self._engine = None
 
-    def _request(self, place: int, request: Request, temperature: float, max_new_tokens: int) -> EngineRequest:
+    def _request(self, request: Request, temperature: float, max_new_tokens: int) -> EngineRequest:
         from vllm import SamplingParams
         from vllm.lora.request import LoRARequest
 
@@ -158,3 +159,17 @@ class VLLMSampler:
             raise ConfigError(f"--device is {self._device!r}, but the installed vLLM runs on {engine.device!r}")
         self._engine, self._longest = engine, longest
         return engine
+
+
+def _batches(requests: Sequence[Request], device: str) -> list[list[int]]:
+    """Positions of the requests that may be in one batch: all of them, but on a CPU one adapter at a time.
+
+    On a CPU vLLM 0.32 applies an adapter to the requests without one that share a step with it (it indexes the adapters'
+    weights with -1, which Python takes for the last).
+    """
+    if device != "cpu":
+        return [list(range(len(requests)))]
+    groups: dict[str | None, list[int]] = {}
+    for place, request in enumerate(requests):
+        groups.setdefault(request.adapter, []).append(place)
+    return list(groups.values())
