@@ -164,8 +164,8 @@ class VLLMSampler:
 def _batches(requests: Sequence[Request], device: str) -> list[list[int]]:
     """Positions of the requests that may be in one batch: all of them, but on a CPU one adapter at a time.
 
-    On a CPU vLLM 0.32 applies an adapter to the requests without one that share a step with it (it indexes the adapters'
-    weights with -1, which Python takes for the last).
+    On a CPU vLLM 0.32 applies an adapter also to the requests without one that share a step with it: it indexes the
+    adapters' weights with -1, which is the last.
     """
     if device != "cpu":
         return [list(range(len(requests)))]
