@@ -75,7 +75,9 @@ class KillsTheEngine:
 
 
 @pytest.mark.usefixtures("engines_in_processes")
-def test_a_killed_engine_leaves_a_sound_store_that_the_next_run_completes(model: Path, tmp_path: Path) -> None:
+def test_a_killed_engine_leaves_a_sound_store_that_the_next_run_completes(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """And the rows are then those of the transformers back end, quarantined ones included."""
     data = tmp_path / "rows.jsonl"
     rows = [pair(f"Question {i}?", f"Answer {i} " + "word " * (i % 40), f"No {i}") for i in range(ROWS)]
@@ -90,6 +92,7 @@ def test_a_killed_engine_leaves_a_sound_store_that_the_next_run_completes(model:
     assert 0 < kept < ROWS - 2
     assert verify(given.store).problems == ()
     summary = extract(given)
+    assert capfd.readouterr().out == "", "standard output belongs to the command's answer"
     assert summary.resumed >= kept and summary.resumed + summary.computed + 2 >= ROWS
     assert summary.ok == ROWS - 2
     assert verify(given.store).ok

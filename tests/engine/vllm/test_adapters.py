@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from pairtrace.engine.sampling import Request
 from pairtrace.engine.vllm.adapters import Adapter, find_adapter, fingerprint_of
+from pairtrace.engine.vllm.sampler import _batches
 from pairtrace.errors import ModelError
 from tests.models import make_model
 
@@ -97,3 +99,11 @@ def test_the_fingerprint_is_that_of_what_it_computes(base: Path, tmp_path: Path)
     moved = make_model("llama", tmp_path / "other", seed=1)
     assert fingerprint_of(str(one), str(moved)) != prints[0]
     assert fingerprint_of(str(base), str(base)) not in prints
+
+
+def test_on_a_cpu_adapters_never_share_a_batch_with_requests_without_one() -> None:
+    """There vLLM would apply them to both; everywhere else there is one batch."""
+    given = [None, "a", None, "b", "a"]
+    requests = [Request(name="r", prompt=[1], seed=0, adapter=adapter) for adapter in given]
+    assert _batches(requests, "cuda") == [[0, 1, 2, 3, 4]]
+    assert _batches(requests, "cpu") == [[0, 2], [1, 4], [3]]
