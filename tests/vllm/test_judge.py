@@ -19,7 +19,11 @@ from tests.engine.small_store import make_store
 from tests.models import HH
 from tests.vllm.engines import CACHE_GIB, needs_vllm, vllm_model
 
-pytestmark = [needs_vllm, pytest.mark.skipif(not HH.is_file(), reason="needs ../shared/data")]
+pytestmark = [
+    needs_vllm,
+    pytest.mark.usefixtures("engines_in_processes"),
+    pytest.mark.skipif(not HH.is_file(), reason="needs ../shared/data"),
+]
 
 OPTIONS = VLLMOptions(cache_gib=CACHE_GIB, engine={"max_num_seqs": 32})
 

@@ -179,7 +179,7 @@ def test_rollouts_of_an_adapter_are_one_batch_with_those_of_its_base(
     # Finished rollouts are read; those of another back end are not taken for them.
     assert sample_rollouts(config).table.equals(table.table)
     with pytest.raises(DataMismatchError, match="backend"):
-        sample_rollouts(replace(plain, tuned=str(tuned[1]), out=config.out))
+        sample_rollouts(replace(plain, backend="vllm", vllm=OPTIONS, device="auto"))
 
 
 def test_evaluation_through_vllm(base: Path, tuned: tuple[Path, Path], tmp_path: Path) -> None:

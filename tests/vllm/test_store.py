@@ -22,7 +22,11 @@ from tests.engine.extraction import pair, write_rows
 from tests.models import HH
 from tests.vllm.engines import CACHE_GIB, SMALL, needs_vllm, vllm_model
 
-pytestmark = [needs_vllm, pytest.mark.skipif(not HH.is_file(), reason="needs ../shared/data")]
+pytestmark = [
+    needs_vllm,
+    pytest.mark.usefixtures("engines_in_processes"),
+    pytest.mark.skipif(not HH.is_file(), reason="needs ../shared/data"),
+]
 
 ROWS = 96
 
@@ -74,7 +78,6 @@ class KillsTheEngine:
         pass
 
 
-@pytest.mark.usefixtures("engines_in_processes")
 def test_a_killed_engine_leaves_a_sound_store_that_the_next_run_completes(
     model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
