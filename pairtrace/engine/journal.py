@@ -14,18 +14,26 @@ from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError
 _ADVICE = "repeat the settings that it was made with, choose another output, or delete the file"
 
 
-def require_same_run(expected: Mapping[str, Any], actual: Any, path: Path) -> None:
+def require_same_run(expected: Mapping[str, Any], actual: Any, path: Path, *, exact: bool = True) -> None:
     """Check that the file at `path` belongs to the run described by `expected`.
+
+    Args:
+        expected: what the run would write.
+        actual: what the file says.
+        path: of the file.
+        exact: a setting that only the file has is a difference as well.
 
     Raises:
         DataMismatchError: names the first setting that differs, with both values.
     """
     if not isinstance(actual, dict):
         raise DataMismatchError(f"{path} exists, but does not say how it was made; {_ADVICE}")
-    for name, value in expected.items():
-        if actual.get(name) != value:
+    only_there = [name for name in actual if name not in expected] if exact else []
+    for name in (*expected, *only_there):
+        if actual.get(name) != expected.get(name):
             raise DataMismatchError(
-                f"{path} was made with {name} {actual.get(name)!r}, but this run asks for {value!r}; {_ADVICE}"
+                f"{path} was made with {name} {actual.get(name)!r}, but this run asks for {expected.get(name)!r}; "
+                f"{_ADVICE}"
             )
 
 

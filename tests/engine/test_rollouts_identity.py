@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,25 @@ def test_a_changed_checkpoint_is_an_error_and_no_silent_reuse(
     out.unlink()
     with pytest.raises(DataMismatchError, match=named):
         sample_rollouts(config)
+
+
+def test_rollouts_of_one_back_end_are_never_taken_for_those_of_another(config: RolloutConfig) -> None:
+    """In both directions, finished and unfinished; no vLLM is needed to find that out."""
+    made = sample_rollouts(config)
+    identity = made.manifest["identity"]
+    assert "backend" not in identity, "files are as they were before there was a choice"
+    other = replace(config, backend="vllm")
+    with pytest.raises(DataMismatchError, match="was made with backend None, but this run asks for 'vllm'"):
+        sample_rollouts(other)
+    out = Path(config.out)
+    out.unlink()
+    journal = out.with_name(out.name + ".partial.jsonl")
+    journal.write_text(json.dumps({"identity": {**identity, "backend": "vllm"}}) + "\n")
+    with pytest.raises(DataMismatchError, match="was made with backend 'vllm', but this run asks for None"):
+        sample_rollouts(config)
+    journal.write_text(json.dumps({"identity": identity}) + "\n")
+    with pytest.raises(DataMismatchError, match="backend"):
+        sample_rollouts(other)
 
 
 def test_a_prompt_that_one_template_refuses_is_named_before_any_weights(
