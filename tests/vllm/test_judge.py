@@ -62,6 +62,7 @@ def test_questions_that_cannot_be_asked(model: Path) -> None:
         body = Rubric("praises", "m").body("Hello", "Good day")
         assert judge.ask(body).reason == ""
         assert judge.ask({**body, "max_tokens": 5000}).reason == REQUEST_REFUSED
+        assert judge.ask(Rubric("praises", "m").body("Hello", "Good day " * 5000)).reason == REQUEST_REFUSED
         with pytest.raises(ConfigError, match="holds logit_bias, which --backend vllm does not know"):
             judge.ask({**body, "logit_bias": {}})
     finally:

@@ -9,12 +9,13 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pairtrace.engine.baselines.judge_client import REQUEST_REFUSED
 from pairtrace.engine.baselines.judge_request import Verdict, read_verdict
-from pairtrace.engine.checkpoint import resolve_checkpoint, resolve_dtype
+from pairtrace.engine.checkpoint import load_config, resolve_checkpoint, resolve_dtype
 from pairtrace.engine.prompt_encoder import PromptEncoder
 from pairtrace.engine.sampling import decode
 from pairtrace.engine.vllm.engine import Engine, EngineRequest
@@ -47,11 +48,11 @@ class VLLMJudge:
     """
 
     def __init__(self, model: str, options: VLLMOptions | None = None) -> None:
-        from pairtrace.engine.checkpoint import load_config
-
         self.address = f"{model} in vLLM"
-        self._encoder = PromptEncoder.load(model)
-        self._context = min(self._encoder.context or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
+        encoder = PromptEncoder.load(model)
+        self._context = min(encoder.context or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
+        # A question that is too long concerns itself alone: it is refused here, not by the encoder.
+        self._encoder = replace(encoder, context=None)
         path = resolve_checkpoint(model)
         self._engine = Engine(
             Path(path),
