@@ -65,6 +65,28 @@ def test_the_small_form_makes_a_table(
     assert not folder.exists() or not list(folder.iterdir()), "temporary data is removed"
 
 
+def test_the_table_of_vllm(tables: Any) -> None:
+    """Its benchmark needs an environment of its own, so the record is made up here."""
+    row = {
+        "lowest": 1.0, "highest": 2.0, "useful_tokens_per_second": 4000.0, "times_faster": 2.5, "bytes_out": 12345,
+        "peak_memory_bytes": None, "relative_maximum_error": 3e-4,
+    }  # fmt: skip
+    rates = {"transformers": {"tokens_per_second": 100.0}, "vLLM": {"tokens_per_second": 300.0}}
+    content = {
+        "results": {"stock vLLM": {**row, "peak_memory_bytes": 5 << 30}, "pairtrace": row, "rollouts": rates},
+        "workload": {
+            "pairs": 64, "data": ["a", "b"], "useful_tokens": 6000, "shape": "s", "layer": 5, "blocks": 8,
+            "dtype": "float32", "clock": "processor", "bytes_share_of_long_pairs": 0.004, "sequences": 256,
+            "new_tokens": 64, "rollout_speed_up": 3.0,
+        },
+        "hardware": {"processor": "P", "cores": 2}, "date": "2026-11-28T00:00:00", "claims": [],
+    }  # fmt: skip
+    lines = tables.vllm_table(content).splitlines()
+    assert {line.count("|") for line in lines if line.startswith("|")} == {7}
+    assert lines[3] == "| **pairtrace** | 4,000 (3,000 to 6,000) | 2.50x | 0.0123 |  | 3e-04 |"
+    assert "5,120" in lines[2] and "0.40% of stock's bytes" in lines[-1] and "(3.00x)" in lines[-1]
+
+
 def test_missed_targets_are_told(tables: Any) -> None:
     claims = [
         {"name": "speed", "value": 0.5, "target": 0.9, "holds": False},

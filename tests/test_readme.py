@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pairtrace.engine.architectures import FAMILIES
 from pairtrace.engine.formats import FORMATS
+from pairtrace.engine.vllm.families import VLLM_FAMILIES
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -27,6 +28,8 @@ def test_all_families_and_formats_are_listed() -> None:
     names = {re.sub(r"[^a-z0-9]", "", name.lower()) for name in listed[1].split(",")}
     assert names == {re.sub(r"[^a-z0-9]", "", name) for name in FAMILIES}
     assert all(f"`{name}`" in README for name in FORMATS)
+    compared = re.search(r"Compared so far are (.*?);", README, re.S)
+    assert compared and re.findall(r"`(\w+)`", compared[1]) == sorted(VLLM_FAMILIES)
 
 
 def test_the_library_example_is_valid() -> None:
