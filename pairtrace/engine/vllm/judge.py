@@ -128,6 +128,8 @@ class VLLMJudge:
         if len(prompt) + room > self._context:
             return None
         schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
+        # Without the whitespace that the schema allows anywhere, and that a weak model may go on writing.
+        structure = None if schema is None else StructuredOutputsParams(json=schema, disable_any_whitespace=True)
         params = SamplingParams(
             temperature=float(body.get("temperature", 0.0)),
             top_p=float(body.get("top_p", 1.0)),
@@ -135,7 +137,7 @@ class VLLMJudge:
             max_tokens=room,
             stop_token_ids=list(self._encoder.end_tokens),
             detokenize=False,
-            structured_outputs=None if schema is None else StructuredOutputsParams(json=schema),
+            structured_outputs=structure,
         )
         return EngineRequest(prompt, params, replica=hash(tuple(prompt)))
 
