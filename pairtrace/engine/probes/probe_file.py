@@ -73,7 +73,8 @@ class Probe:
     def direction(self) -> np.ndarray:
         """float32 [D]: the weight of a single probe as it is, of an ensemble the mean of its unit weights."""
         if self.members == 1:
-            return self.weight[0]
+            single: np.ndarray = self.weight[0]
+            return single
         wide = self.weight.astype(np.float64)
         mean: np.ndarray = (wide / np.linalg.norm(wide, axis=1, keepdims=True)).mean(axis=0)
         rounded: np.ndarray = mean.astype(np.float32)
