@@ -37,6 +37,13 @@ if TYPE_CHECKING:
     from pairtrace.engine.monitoring.run import monitor_run
     from pairtrace.engine.pairs import open_pairs
     from pairtrace.engine.plan import PlanConfig, plan
+    from pairtrace.engine.probes.compare import ProbeCompareConfig, compare_probes
+    from pairtrace.engine.probes.config import ProbeEvalConfig, ProbeTrainConfig
+    from pairtrace.engine.probes.evaluate import evaluate_probes
+    from pairtrace.engine.probes.hooks import reading_layers
+    from pairtrace.engine.probes.probe_file import load_probes
+    from pairtrace.engine.probes.term import ProbeTerm
+    from pairtrace.engine.probes.train import train_probes
     from pairtrace.engine.ranking import sources, top
     from pairtrace.engine.restore import restore
     from pairtrace.engine.score import ScoreConfig, score
@@ -65,6 +72,10 @@ __all__ = [
     "PairsConfig",
     "PlanConfig",
     "Prices",
+    "ProbeCompareConfig",
+    "ProbeEvalConfig",
+    "ProbeTerm",
+    "ProbeTrainConfig",
     "PromptsConfig",
     "RandomConfig",
     "ScoreConfig",
@@ -72,18 +83,22 @@ __all__ = [
     "TrainConfig",
     "__version__",
     "build_behavior",
+    "compare_probes",
     "convert",
     "diagnose",
     "discover_pairs",
     "discover_prompts",
     "edit",
     "evaluate",
+    "evaluate_probes",
     "extract",
     "gradient_baseline",
+    "load_probes",
     "monitor_run",
     "open_pairs",
     "plan",
     "read_costs",
+    "reading_layers",
     "restore",
     "score",
     "score_by_judge",
@@ -93,6 +108,7 @@ __all__ = [
     "sources",
     "top",
     "train",
+    "train_probes",
     "verify",
 ]
 
@@ -115,24 +131,32 @@ _HOMES = {
     "PairsConfig": "pairtrace.engine.discovery.pairs_view",
     "PlanConfig": "pairtrace.engine.plan",
     "Prices": "pairtrace.engine.cost",
+    "ProbeCompareConfig": "pairtrace.engine.probes.compare",
+    "ProbeEvalConfig": "pairtrace.engine.probes.config",
+    "ProbeTerm": "pairtrace.engine.probes.term",
+    "ProbeTrainConfig": "pairtrace.engine.probes.config",
     "PromptsConfig": "pairtrace.engine.discovery.prompts_config",
     "RandomConfig": "pairtrace.engine.baselines.simple",
     "ScoreConfig": "pairtrace.engine.score",
     "SelectionRule": "pairtrace.engine.selection",
     "TrainConfig": "pairtrace.engine.training.config",
     "build_behavior": "pairtrace.engine.behavior",
+    "compare_probes": "pairtrace.engine.probes.compare",
     "convert": "pairtrace.engine.convert",
     "diagnose": "pairtrace.engine.diagnosis.diagnose",
     "discover_pairs": "pairtrace.engine.discovery.pairs_view",
     "discover_prompts": "pairtrace.engine.discovery.prompts_view",
     "edit": "pairtrace.engine.edit",
     "evaluate": "pairtrace.engine.evaluation.evaluate",
+    "evaluate_probes": "pairtrace.engine.probes.evaluate",
     "extract": "pairtrace.engine.extract",
     "gradient_baseline": "pairtrace.engine.baselines.gradient",
+    "load_probes": "pairtrace.engine.probes.probe_file",
     "monitor_run": "pairtrace.engine.monitoring.run",
     "open_pairs": "pairtrace.engine.pairs",
     "plan": "pairtrace.engine.plan",
     "read_costs": "pairtrace.engine.cost",
+    "reading_layers": "pairtrace.engine.probes.hooks",
     "restore": "pairtrace.engine.restore",
     "score": "pairtrace.engine.score",
     "score_by_judge": "pairtrace.engine.baselines.judge",
@@ -142,6 +166,7 @@ _HOMES = {
     "sources": "pairtrace.engine.ranking",
     "top": "pairtrace.engine.ranking",
     "train": "pairtrace.engine.training.train",
+    "train_probes": "pairtrace.engine.probes.train",
     "verify": "pairtrace.store.verify",
 }
 

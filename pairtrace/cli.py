@@ -21,6 +21,7 @@ from pairtrace.commands import (
     extraction,
     gradient,
     monitoring,
+    probes,
     scoring,
     stores,
     training,
@@ -69,6 +70,7 @@ app.add_typer(monitoring.app)
 baselines.app.add_typer(gradient.app)
 app.add_typer(baselines.app, name="baseline")
 app.add_typer(discovery.app, name="discover")
+app.add_typer(probes.app, name="probe")
 app.add_typer(stores.app, name="store")
 app.add_typer(about.app)
 

@@ -146,7 +146,7 @@ def read_answers(config: EvaluateConfig, requests: Sequence[Request]) -> dict[st
         DataMismatchError: prompts or models that are not known, responses given twice, requests without a response.
     """
     path = Path(config.rollouts or "")
-    rows = _read_rows(path)
+    rows = read_rows(path)
     conditions: dict[str, list[str]] = {request.prompt.id: [] for request in requests}
     for request in requests:
         conditions[request.prompt.id].append(request.condition)
@@ -216,7 +216,12 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
     return value
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of responses (.parquet, .jsonl, .jsonl.gz), nothing checked.
+
+    Raises:
+        DataFormatError: the file cannot be read.
+    """
     try:
         if path.suffix == ".parquet":
             rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()

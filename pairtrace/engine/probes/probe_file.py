@@ -1,11 +1,12 @@
 """Probe files: direction files that also know how to give probabilities.
 
-Legend: n examples, K members of an ensemble (1 for a single probe), D width.
+Legend: n examples, P prompts, K members of an ensemble (1 for a single probe), D width.
 
 A probe is one tensor `{name}/{layer}`, float32 [D], which `pairtrace score` takes like any other direction, and two
 more: `weight:{name}/{layer}`, float32 [K, D], and `bias:{name}/{layer}`, float64 [K]. The logit of member k for a mean
 response activation x is `weight[k] @ x + bias[k]`: the standardisation of the training is folded in, so that raw
-activations go in. The probability of a probe is the mean of its members' probabilities.
+activations go in. The probability of a probe is the mean of its members' probabilities. `trained-on`, uint64 [P], holds
+digests of the prompts of the training, which an evaluation leaves out.
 
 The direction of a single probe is its weight. That of an ensemble is the mean of the members' unit weights: a bank
 would be scored by its maximum, which lets any one member decide.
@@ -26,6 +27,7 @@ from pairtrace.errors import DirectionError, ProbeMismatchError
 Role = Literal["training", "held-out", "baseline"]
 ROLES: tuple[Role, ...] = ("training", "held-out", "baseline")
 KIND = "probe"
+_TRAINED_ON = "trained-on"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,13 +99,16 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return np.exp(-np.logaddexp(0.0, -logits.astype(np.float64)))
 
 
-def save_probes(path: str | Path, probes: Sequence[Probe], manifest: dict[str, Any]) -> None:
+def save_probes(
+    path: str | Path, probes: Sequence[Probe], manifest: dict[str, Any], *, trained_on: np.ndarray | None = None
+) -> None:
     """Write a probe file, complete or not at all.
 
     Args:
         path: of the safetensors file.
         probes: at least one; names and layers together are unique, and all come from one model, tokenizer and template.
         manifest: further entries: how they were trained, and their figures.
+        trained_on: uint64 [P], digests of the prompts that they were trained on.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -124,6 +129,7 @@ def save_probes(path: str | Path, probes: Sequence[Probe], manifest: dict[str, A
     ]
     tensors = {f"weight:{probe.name}/{probe.layer}": probe.weight for probe in probes}
     tensors |= {f"bias:{probe.name}/{probe.layer}": probe.bias for probe in probes}
+    tensors[_TRAINED_ON] = np.empty(0, np.uint64) if trained_on is None else trained_on
     roles = {probe.name: probe.role for probe in probes}
     assert all(roles[probe.name] == probe.role for probe in probes), "a name has one role"
     save_directions(path, directions, {"kind": KIND, "roles": roles, **manifest}, tensors=tensors)
@@ -187,6 +193,18 @@ def load_probes(
             if None not in (actual, needed) and actual != needed:
                 raise ProbeMismatchError(f"{path}: the probe {probe.name!r} belongs to another {what}", needed, actual)
     return kept
+
+
+def trained_prompts(path: str | Path) -> np.ndarray:
+    """uint64 [P]: digests of the prompts that the probes of a file were trained on (`examples.content_digest`).
+
+    Raises:
+        DirectionError: the file cannot be read, or does not say.
+    """
+    digests = read_tensors(path).get(_TRAINED_ON)
+    if digests is None or digests.dtype != np.uint64:
+        raise DirectionError(f"{path} is damaged: it does not say which prompts its probes were trained on")
+    return digests
 
 
 def _probe(path: str | Path, direction: Direction, tensors: dict[str, np.ndarray], roles: dict[str, Any]) -> Probe:
