@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from pairtrace.engine.restore import restore
     from pairtrace.engine.score import ScoreConfig, score
     from pairtrace.engine.selection import SelectionRule
+    from pairtrace.engine.steering.config import SteerConfig
+    from pairtrace.engine.steering.steer import steer
     from pairtrace.engine.training.config import TrainConfig
     from pairtrace.engine.training.train import train
     from pairtrace.store.reader import ActivationStore
@@ -80,6 +82,7 @@ __all__ = [
     "RandomConfig",
     "ScoreConfig",
     "SelectionRule",
+    "SteerConfig",
     "TrainConfig",
     "__version__",
     "build_behavior",
@@ -106,6 +109,7 @@ __all__ = [
     "score_margin",
     "score_random",
     "sources",
+    "steer",
     "top",
     "train",
     "train_probes",
@@ -139,6 +143,7 @@ _HOMES = {
     "RandomConfig": "pairtrace.engine.baselines.simple",
     "ScoreConfig": "pairtrace.engine.score",
     "SelectionRule": "pairtrace.engine.selection",
+    "SteerConfig": "pairtrace.engine.steering.config",
     "TrainConfig": "pairtrace.engine.training.config",
     "build_behavior": "pairtrace.engine.behavior",
     "compare_probes": "pairtrace.engine.probes.compare",
@@ -164,6 +169,7 @@ _HOMES = {
     "score_margin": "pairtrace.engine.baselines.margin",
     "score_random": "pairtrace.engine.baselines.simple",
     "sources": "pairtrace.engine.ranking",
+    "steer": "pairtrace.engine.steering.steer",
     "top": "pairtrace.engine.ranking",
     "train": "pairtrace.engine.training.train",
     "train_probes": "pairtrace.engine.probes.train",

@@ -23,6 +23,7 @@ from pairtrace.commands import (
     monitoring,
     probes,
     scoring,
+    steering,
     stores,
     training,
 )
@@ -67,6 +68,7 @@ app = typer.Typer(
 for commands in (extraction.app, scoring.app, diagnosis.app, edits.app, costs.app, training.app, evaluation.app):
     app.add_typer(commands)
 app.add_typer(monitoring.app)
+app.add_typer(steering.app)
 baselines.app.add_typer(gradient.app)
 app.add_typer(baselines.app, name="baseline")
 app.add_typer(discovery.app, name="discover")

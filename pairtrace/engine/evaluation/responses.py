@@ -70,10 +70,13 @@ def sample_answers(
     part: Part,
     meter: CostMeter,
     progress: Progress,
+    *,
+    title: str | None = None,
 ) -> Answers:
     """What a checkpoint answers; only what `part` does not hold yet is sampled.
 
-    A response's seed does not depend on the model: models that are compared draw the same random numbers.
+    A response's seed does not depend on the model: models that are compared draw the same random numbers. `title` is
+    what the progress calls the work.
 
     Raises:
         DataError, ConfigError, ModelError: a prompt or the checkpoint cannot be used.
@@ -87,7 +90,7 @@ def sample_answers(
     names = [request.name for request in requests for _ in range(config.samples)]
     open_positions = [position for position, key in enumerate(keys) if key not in known]
     if open_positions:
-        progress.start(f"responses of {checkpoint.name}", len(open_positions), "responses")
+        progress.start(title or f"responses of {checkpoint.name}", len(open_positions), "responses")
         sampler, shape, generated = checkpoint.sampler, checkpoint.shape, 0
 
         def on_batch(finished: list[tuple[int, Sampled]]) -> None:

@@ -87,13 +87,22 @@ def decoder_of(model: Any) -> Any:
         )
     if hasattr(inner, "get_base_model"):  # peft
         inner = inner.get_base_model()
-    model_type = getattr(inner.config, "model_type", None)
+    require_blocks(inner.config)
+    return getattr(inner, inner.base_model_prefix, inner)
+
+
+def require_blocks(config: Any) -> None:
+    """Check by its configuration that a model can be read and changed.
+
+    Raises:
+        UnsupportedModelError: of this architecture it is not known where its blocks are.
+    """
+    model_type = getattr(config, "model_type", None)
     if model_type not in FAMILIES:
         raise UnsupportedModelError(
             f"model type {model_type!r} is not supported: it is not known where its blocks are; supported are "
             f"{', '.join(sorted(FAMILIES))}"
         )
-    return getattr(inner, inner.base_model_prefix, inner)
 
 
 def _keep(states: States, layer: int, hidden: torch.Tensor) -> None:
