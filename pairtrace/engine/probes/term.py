@@ -47,7 +47,8 @@ class ProbeTerm:
             states: hidden states by layer, [B, T, D] each, of any float dtype; layer l is the residual stream after l
                 blocks (`hooks.reading_layers` gives them).
             mask: [B, T], bool or 0 and 1: the tokens of the response. A probe is trained on the mean over the tokens
-                with loss, so that `labels != -100` is the mask that fits; not shifted.
+                with loss, so that `labels != -100` is the mask that fits; not shifted. A row is one sequence: batches
+                that several are packed into have to be taken apart first.
 
         Returns:
             float32 [B] (float64 for float64 states), between 0 and 1.
@@ -83,10 +84,15 @@ class ProbeTerm:
     def _weights(self, like: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         key = (like.device, like.dtype)
         if key not in self._placed:
-            self._placed[key] = [
-                (torch.from_numpy(probe.weight).to(like), torch.from_numpy(probe.bias).to(like))
-                for probe in self._probes
-            ]
+            # A monitor may be the first to ask, in inference mode, whose tensors could not take part in training.
+            with torch.inference_mode(False):
+                self._placed[key] = [
+                    (
+                        torch.tensor(probe.weight, device=like.device, dtype=like.dtype),
+                        torch.tensor(probe.bias, device=like.device, dtype=like.dtype),
+                    )
+                    for probe in self._probes
+                ]
         return self._placed[key]
 
 

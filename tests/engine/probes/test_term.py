@@ -130,6 +130,15 @@ def test_gradient_checkpointing_gives_the_same_gradient() -> None:
         torch.testing.assert_close(saving[name], gradient, msg=name)
 
 
+def test_a_monitor_may_have_asked_before() -> None:
+    states, term = states_of(0), ProbeTerm([make_probe()])
+    with torch.inference_mode():
+        before = term(states_of(0), MASK)
+    after = term({2: states[2].requires_grad_()}, MASK)
+    after.sum().backward()
+    assert torch.equal(before, after) and states[2].grad.any()
+
+
 def test_padding_may_hold_nan() -> None:
     states = states_of(0)
     clean = ProbeTerm([make_probe()])(states, MASK)
