@@ -37,10 +37,19 @@ if TYPE_CHECKING:
     from pairtrace.engine.monitoring.run import monitor_run
     from pairtrace.engine.pairs import open_pairs
     from pairtrace.engine.plan import PlanConfig, plan
+    from pairtrace.engine.probes.compare import ProbeCompareConfig, compare_probes
+    from pairtrace.engine.probes.config import ProbeEvalConfig, ProbeTrainConfig
+    from pairtrace.engine.probes.evaluate import evaluate_probes
+    from pairtrace.engine.probes.hooks import reading_layers
+    from pairtrace.engine.probes.probe_file import load_probes
+    from pairtrace.engine.probes.term import ProbeTerm
+    from pairtrace.engine.probes.train import train_probes
     from pairtrace.engine.ranking import sources, top
     from pairtrace.engine.restore import restore
     from pairtrace.engine.score import ScoreConfig, score
     from pairtrace.engine.selection import SelectionRule
+    from pairtrace.engine.steering.config import SteerConfig
+    from pairtrace.engine.steering.steer import steer
     from pairtrace.engine.training.config import TrainConfig
     from pairtrace.engine.training.train import train
     from pairtrace.engine.truncation import TruncateConfig, truncate
@@ -67,27 +76,36 @@ __all__ = [
     "PairsConfig",
     "PlanConfig",
     "Prices",
+    "ProbeCompareConfig",
+    "ProbeEvalConfig",
+    "ProbeTerm",
+    "ProbeTrainConfig",
     "PromptsConfig",
     "RandomConfig",
     "ScoreConfig",
     "SelectionRule",
+    "SteerConfig",
     "TrainConfig",
     "TruncateConfig",
     "VLLMOptions",
     "__version__",
     "build_behavior",
+    "compare_probes",
     "convert",
     "diagnose",
     "discover_pairs",
     "discover_prompts",
     "edit",
     "evaluate",
+    "evaluate_probes",
     "extract",
     "gradient_baseline",
+    "load_probes",
     "monitor_run",
     "open_pairs",
     "plan",
     "read_costs",
+    "reading_layers",
     "restore",
     "score",
     "score_by_judge",
@@ -95,8 +113,10 @@ __all__ = [
     "score_margin",
     "score_random",
     "sources",
+    "steer",
     "top",
     "train",
+    "train_probes",
     "truncate",
     "verify",
 ]
@@ -120,26 +140,35 @@ _HOMES = {
     "PairsConfig": "pairtrace.engine.discovery.pairs_view",
     "PlanConfig": "pairtrace.engine.plan",
     "Prices": "pairtrace.engine.cost",
+    "ProbeCompareConfig": "pairtrace.engine.probes.compare",
+    "ProbeEvalConfig": "pairtrace.engine.probes.config",
+    "ProbeTerm": "pairtrace.engine.probes.term",
+    "ProbeTrainConfig": "pairtrace.engine.probes.config",
     "PromptsConfig": "pairtrace.engine.discovery.prompts_config",
     "RandomConfig": "pairtrace.engine.baselines.simple",
     "ScoreConfig": "pairtrace.engine.score",
     "SelectionRule": "pairtrace.engine.selection",
+    "SteerConfig": "pairtrace.engine.steering.config",
     "TrainConfig": "pairtrace.engine.training.config",
     "TruncateConfig": "pairtrace.engine.truncation",
     "VLLMOptions": "pairtrace.engine.vllm.options",
     "build_behavior": "pairtrace.engine.behavior",
+    "compare_probes": "pairtrace.engine.probes.compare",
     "convert": "pairtrace.engine.convert",
     "diagnose": "pairtrace.engine.diagnosis.diagnose",
     "discover_pairs": "pairtrace.engine.discovery.pairs_view",
     "discover_prompts": "pairtrace.engine.discovery.prompts_view",
     "edit": "pairtrace.engine.edit",
     "evaluate": "pairtrace.engine.evaluation.evaluate",
+    "evaluate_probes": "pairtrace.engine.probes.evaluate",
     "extract": "pairtrace.engine.extract",
     "gradient_baseline": "pairtrace.engine.baselines.gradient",
+    "load_probes": "pairtrace.engine.probes.probe_file",
     "monitor_run": "pairtrace.engine.monitoring.run",
     "open_pairs": "pairtrace.engine.pairs",
     "plan": "pairtrace.engine.plan",
     "read_costs": "pairtrace.engine.cost",
+    "reading_layers": "pairtrace.engine.probes.hooks",
     "restore": "pairtrace.engine.restore",
     "score": "pairtrace.engine.score",
     "score_by_judge": "pairtrace.engine.baselines.judge",
@@ -147,8 +176,10 @@ _HOMES = {
     "score_margin": "pairtrace.engine.baselines.margin",
     "score_random": "pairtrace.engine.baselines.simple",
     "sources": "pairtrace.engine.ranking",
+    "steer": "pairtrace.engine.steering.steer",
     "top": "pairtrace.engine.ranking",
     "train": "pairtrace.engine.training.train",
+    "train_probes": "pairtrace.engine.probes.train",
     "truncate": "pairtrace.engine.truncation",
     "verify": "pairtrace.store.verify",
 }

@@ -21,7 +21,9 @@ from pairtrace.commands import (
     extraction,
     gradient,
     monitoring,
+    probes,
     scoring,
+    steering,
     stores,
     training,
     truncation,
@@ -68,9 +70,11 @@ for commands in (extraction.app, scoring.app, diagnosis.app, edits.app, costs.ap
     app.add_typer(commands)
 app.add_typer(monitoring.app)
 app.add_typer(truncation.app)
+app.add_typer(steering.app)
 baselines.app.add_typer(gradient.app)
 app.add_typer(baselines.app, name="baseline")
 app.add_typer(discovery.app, name="discover")
+app.add_typer(probes.app, name="probe")
 app.add_typer(stores.app, name="store")
 app.add_typer(about.app)
 

@@ -19,6 +19,9 @@
     |-- JudgeError                 the server of a judge cannot be reached, or refuses every question
     |-- EngineError                an inference engine (vLLM) does not start, or died
     |-- DirectionError             a direction has the wrong width, layer, model or values
+    |-- ProbeError                 a probe cannot be trained or used (expected, actual)
+    |   |-- ExamplesError          too few examples, one class only, not finite, labels that fit no rows
+    |   `-- ProbeMismatchError     the probe belongs to another model, tokenizer, layer or width
     `-- MissingDependencyError     an optional package is not installed (the message names the command)
 
 All are `ValueError`s, so callers that only know the built-in still catch them.
@@ -118,6 +121,32 @@ class EngineError(PairtraceError):
 
 class DirectionError(PairtraceError):
     """A direction has the wrong width, layer, model, or unusable values."""
+
+
+class ProbeError(PairtraceError):
+    """A probe cannot be trained or used.
+
+    Attributes:
+        expected: what is needed.
+        actual: what there is.
+    """
+
+    def __init__(self, message: str, expected: object, actual: object) -> None:
+        self.expected = expected
+        self.actual = actual
+        self._message = message
+        super().__init__(f"{message}: expected {expected}, found {actual}")
+
+    def __reduce__(self) -> tuple[type[ProbeError], tuple[object, ...]]:
+        return type(self), (self._message, self.expected, self.actual)
+
+
+class ExamplesError(ProbeError):
+    """The examples of a probe are too few, of one class only, not finite, or their labels fit no rows."""
+
+
+class ProbeMismatchError(ProbeError):
+    """A probe belongs to another model, tokenizer, layer or width."""
 
 
 class MissingDependencyError(PairtraceError):

@@ -20,12 +20,13 @@ from tests.models import HH, make_model, make_tokenizer
 README = Path(__file__).resolve().parents[1] / "README.md"
 COMMANDS = [
     *("extract", "plan", "behavior", "score", "top", "sources", "edit", "restore", "demo", "version"),
-    *("diagnose", "train", "evaluate", "cost", "monitor", "truncate"),
+    *("diagnose", "train", "evaluate", "cost", "monitor", "truncate", "steer"),
     *("store info", "store verify", "store convert"),
     *("discover pairs", "discover prompts", "discover show"),
+    *("probe train", "probe eval", "probe compare"),
     *("baseline random", "baseline length", "baseline margin", "baseline judge", "baseline gradient"),
 ]
-GROUPS = ("store", "baseline", "discover")
+GROUPS = ("store", "baseline", "discover", "probe")
 
 
 def run(*arguments: object) -> Result:
@@ -106,6 +107,12 @@ def test_wrong_usage_is_exit_code_two(arguments: list[str]) -> None:
         (["store", "convert", "nowhere.zarr", "b.zarr"], "nothing to convert to"),
         (["discover", "pairs", "nowhere.zarr", "--out", "kinds"], "nowhere.zarr"),
         (["discover", "pairs", "nowhere.zarr", "--out", "kinds", "--sample", "few"], "--sample is 'few'"),
+        (["probe", "train", "--store", "nowhere.zarr", "--out", "p.safetensors"], "nowhere.zarr"),
+        (["probe", "train", "--out", "p.safetensors"], "give either --store"),
+        (["probe", "eval", "nowhere.safetensors", "--store", "nowhere.zarr"], "nowhere.safetensors"),
+        (["probe", "compare", "nowhere.safetensors", "nowhere.npy"], "nowhere.safetensors"),
+        (["steer", "nowhere.jsonl", "M0", "--directions", "b.npy", "--out", "r.json"], "nowhere.jsonl"),
+        (["steer", "p.jsonl", "M0", "--directions", "b.npy", "--out", "r.json", "--scales", "x"], "--scales is 'x'"),
         (["score", "nowhere.zarr", "b.safetensors", "--out", "s.parquet"], "nowhere.zarr"),
         (["top", "nowhere.parquet"], "nowhere.parquet"),
         (["sources", "nowhere.parquet"], "nowhere.parquet"),

@@ -6,7 +6,13 @@ import pickle
 
 import pytest
 
-from pairtrace.errors import MissingDependencyError, PairtraceError, StoreDamagedError, StoreMismatchError
+from pairtrace.errors import (
+    ExamplesError,
+    MissingDependencyError,
+    PairtraceError,
+    StoreDamagedError,
+    StoreMismatchError,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,6 +21,7 @@ from pairtrace.errors import MissingDependencyError, PairtraceError, StoreDamage
         StoreDamagedError("array diff/2"),
         StoreMismatchError("layers", (2,), (3,), "choose another"),
         MissingDependencyError("dask", "discover", "a cluster"),
+        ExamplesError("one class only", "both classes", "label 1 alone"),
         MissingDependencyError("s3fs", None, "the address"),
     ],
     ids=str,

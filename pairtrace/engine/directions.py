@@ -3,7 +3,8 @@
 Legend: K directions of a bank (1 for a vector), D width.
 
 A file is safetensors with one float32 tensor per behaviour and layer named `{behavior}/{layer}`, [D] for a vector
-and [K, D] for a bank, and a JSON manifest under the metadata key "pairtrace".
+and [K, D] for a bank, and a JSON manifest under the metadata key "pairtrace". Further tensors that its entry "tensors"
+names (a probe's members and biases) are no directions.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,7 +83,13 @@ class Direction:
         return hashlib.sha256(head + np.ascontiguousarray(self.values, dtype="<f4").tobytes()).hexdigest()
 
 
-def save_directions(path: str | Path, directions: Sequence[Direction], manifest: dict[str, Any]) -> None:
+def save_directions(
+    path: str | Path,
+    directions: Sequence[Direction],
+    manifest: dict[str, Any],
+    *,
+    tensors: Mapping[str, np.ndarray] | None = None,
+) -> None:
     """Write a direction file, complete or not at all.
 
     Args:
@@ -90,6 +97,7 @@ def save_directions(path: str | Path, directions: Sequence[Direction], manifest:
         directions: at least one; names and layers together are unique, layers are known, and all come from one
             model, tokenizer and chat template.
         manifest: further entries for the manifest: how the directions were made.
+        tensors: what else to keep, by name; `read_tensors` gives it back.
 
     Raises:
         ConfigError: the file cannot be written.
@@ -97,12 +105,13 @@ def save_directions(path: str | Path, directions: Sequence[Direction], manifest:
     from safetensors.numpy import save
 
     assert directions
-    tensors: dict[str, np.ndarray] = {}
+    others = {name: np.ascontiguousarray(values) for name, values in (tensors or {}).items()}
+    vectors: dict[str, np.ndarray] = {}
     for direction in directions:
         key = f"{direction.name}/{direction.layer}"
-        assert direction.layer is not None and key not in tensors, key
+        assert direction.layer is not None and key not in vectors and key not in others, key
         # A fresh array: a view of a larger one would be saved with its parent's layout.
-        tensors[key] = (direction.values if direction.kind == "bank" else direction.values[0]).copy()
+        vectors[key] = (direction.values if direction.kind == "bank" else direction.values[0]).copy()
     for name in _FINGERPRINTS:
         assert len({getattr(direction, name) for direction in directions}) == 1, name
     complete = {
@@ -110,11 +119,14 @@ def save_directions(path: str | Path, directions: Sequence[Direction], manifest:
         **{name: getattr(directions[0], name) for name in _FINGERPRINTS},
         "behaviors": sorted({direction.name for direction in directions}),
         "kinds": {direction.name: direction.kind for direction in directions},
+        **({"tensors": sorted(others)} if others else {}),
         **manifest,
     }
     with replacing(path) as temporary:
         # save_file would make the file readable for its owner alone.
-        temporary.write_bytes(save(tensors, metadata={METADATA_KEY: json.dumps(complete, sort_keys=True)}))
+        temporary.write_bytes(
+            save({**vectors, **others}, metadata={METADATA_KEY: json.dumps(complete, sort_keys=True)})
+        )
 
 
 def load_directions(
@@ -191,6 +203,20 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     return _manifest(Path(path), _open_safetensors(Path(path))[1])
 
 
+def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a direction file that are no directions, by name; {} where there are none.
+
+    Raises:
+        DirectionError: the file or its manifest cannot be read, or it lacks a tensor that the manifest names.
+    """
+    tensors, metadata = _open_safetensors(Path(path))
+    names = _manifest(Path(path), metadata).get("tensors", [])
+    missing = [name for name in names if name not in tensors]
+    if missing:
+        raise DirectionError(f"{path} is damaged: its manifest names the tensor {missing[0]!r}, which is not there")
+    return {name: tensors[name] for name in names}
+
+
 def _plain(path: Path, name: str, layer: int | None, values: np.ndarray) -> Direction:
     if values.ndim not in (1, 2) or values.dtype.kind not in "fiu":
         raise DirectionError(
@@ -253,6 +279,8 @@ def _manifest(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     assert isinstance(manifest, dict)
     if not isinstance(manifest.get("kinds"), dict):
         raise DirectionError(f"{path}: the manifest is damaged: kinds is {manifest.get('kinds')!r}")
+    if not isinstance(manifest.get("tensors", []), list):
+        raise DirectionError(f"{path}: the manifest is damaged: tensors is {manifest['tensors']!r}")
     return manifest
 
 
@@ -260,7 +288,10 @@ def _read_safetensors(path: Path, layer: int | None) -> list[Direction]:
     tensors, metadata = _open_safetensors(path)
     manifest = _manifest(path, metadata)
     found = []
+    others = frozenset(manifest.get("tensors", []))
     for key, values in tensors.items():
+        if key in others:
+            continue
         name, separator, number = key.rpartition("/")
         has_layer = bool(separator) and number.isdecimal()
         if not manifest:

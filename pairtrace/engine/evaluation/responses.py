@@ -72,10 +72,13 @@ def sample_answers(
     part: Part,
     meter: CostMeter,
     progress: Progress,
+    *,
+    title: str | None = None,
 ) -> Answers:
     """What a checkpoint answers; only what `part` does not hold yet is sampled.
 
-    A response's seed does not depend on the model: models that are compared draw the same random numbers.
+    A response's seed does not depend on the model: models that are compared draw the same random numbers. `title` is
+    what the progress calls the work.
 
     Raises:
         DataError, ConfigError, ModelError: a prompt or the checkpoint cannot be used.
@@ -89,7 +92,7 @@ def sample_answers(
     names = [request.name for request in requests for _ in range(config.samples)]
     open_positions = [position for position, key in enumerate(keys) if key not in known]
     if open_positions:
-        progress.start(f"responses of {checkpoint.name}", len(open_positions), "responses")
+        progress.start(title or f"responses of {checkpoint.name}", len(open_positions), "responses")
         sampler, shape, generated = checkpoint.sampler, checkpoint.shape, 0
 
         def on_batch(finished: list[tuple[int, Sampled]]) -> None:
@@ -149,7 +152,7 @@ def read_answers(config: EvaluateConfig, requests: Sequence[Request]) -> dict[st
         DataMismatchError: prompts or models that are not known, responses given twice, requests without a response.
     """
     path = Path(config.rollouts or "")
-    rows = _read_rows(path)
+    rows = read_rows(path)
     conditions: dict[str, list[str]] = {request.prompt.id: [] for request in requests}
     for request in requests:
         conditions[request.prompt.id].append(request.condition)
@@ -219,7 +222,12 @@ def _text(row: dict[str, Any], column: str, where: str) -> str:
     return value
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of responses (.parquet, .jsonl, .jsonl.gz), nothing checked.
+
+    Raises:
+        DataFormatError: the file cannot be read.
+    """
     try:
         if path.suffix == ".parquet":
             rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
