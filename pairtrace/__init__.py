@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from pairtrace.engine.evaluation.config import EvaluateConfig
     from pairtrace.engine.evaluation.evaluate import evaluate
     from pairtrace.engine.extract import ExtractConfig, extract
+    from pairtrace.engine.finetuning.config import FinetuneConfig
+    from pairtrace.engine.finetuning.finetune import finetune
     from pairtrace.engine.monitoring.callback import MonitorCallback
     from pairtrace.engine.monitoring.config import MonitorConfig, MonitorRunConfig
     from pairtrace.engine.monitoring.run import monitor_run
@@ -64,6 +66,7 @@ __all__ = [
     "EditConfig",
     "EvaluateConfig",
     "ExtractConfig",
+    "FinetuneConfig",
     "GradientConfig",
     "JudgeConfig",
     "LengthConfig",
@@ -95,6 +98,7 @@ __all__ = [
     "evaluate",
     "evaluate_probes",
     "extract",
+    "finetune",
     "gradient_baseline",
     "load_probes",
     "monitor_run",
@@ -125,6 +129,7 @@ _HOMES = {
     "EditConfig": "pairtrace.engine.edit_config",
     "EvaluateConfig": "pairtrace.engine.evaluation.config",
     "ExtractConfig": "pairtrace.engine.extract",
+    "FinetuneConfig": "pairtrace.engine.finetuning.config",
     "GradientConfig": "pairtrace.engine.baselines.gradient_config",
     "JudgeConfig": "pairtrace.engine.baselines.judge_config",
     "LengthConfig": "pairtrace.engine.baselines.simple",
@@ -155,6 +160,7 @@ _HOMES = {
     "evaluate": "pairtrace.engine.evaluation.evaluate",
     "evaluate_probes": "pairtrace.engine.probes.evaluate",
     "extract": "pairtrace.engine.extract",
+    "finetune": "pairtrace.engine.finetuning.finetune",
     "gradient_baseline": "pairtrace.engine.baselines.gradient",
     "load_probes": "pairtrace.engine.probes.probe_file",
     "monitor_run": "pairtrace.engine.monitoring.run",

@@ -41,7 +41,7 @@ def settings(given: dict[str, Any], **changed: Any) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name != "json"} | changed
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str, option: str = "--layers") -> tuple[int, ...]:
     """Layers out of "20,24".
 
     Raises:
@@ -50,4 +50,4 @@ def numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--layers is {text!r}; expected numbers separated by commas, for example 20,24") from None
+        raise ConfigError(f"{option} is {text!r}; expected numbers separated by commas, for example 20,24") from None
