@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pairtrace.engine.behavior import BehaviorConfig, build_behavior
     from pairtrace.engine.convert import ConvertConfig, convert
     from pairtrace.engine.cost import CostRecord, Prices, read_costs
+    from pairtrace.engine.detectability.config import DetectabilityConfig
+    from pairtrace.engine.detectability.measure import detectability
     from pairtrace.engine.diagnosis.config import DiagnoseConfig
     from pairtrace.engine.diagnosis.diagnose import diagnose
     from pairtrace.engine.discovery.pairs_view import PairsConfig, discover_pairs
@@ -62,6 +64,7 @@ __all__ = [
     "BehaviorConfig",
     "ConvertConfig",
     "CostRecord",
+    "DetectabilityConfig",
     "DiagnoseConfig",
     "EditConfig",
     "EvaluateConfig",
@@ -91,6 +94,7 @@ __all__ = [
     "build_behavior",
     "compare_probes",
     "convert",
+    "detectability",
     "diagnose",
     "discover_pairs",
     "discover_prompts",
@@ -125,6 +129,7 @@ _HOMES = {
     "BehaviorConfig": "pairtrace.engine.behavior",
     "ConvertConfig": "pairtrace.engine.convert",
     "CostRecord": "pairtrace.engine.cost",
+    "DetectabilityConfig": "pairtrace.engine.detectability.config",
     "DiagnoseConfig": "pairtrace.engine.diagnosis.config",
     "EditConfig": "pairtrace.engine.edit_config",
     "EvaluateConfig": "pairtrace.engine.evaluation.config",
@@ -153,6 +158,7 @@ _HOMES = {
     "build_behavior": "pairtrace.engine.behavior",
     "compare_probes": "pairtrace.engine.probes.compare",
     "convert": "pairtrace.engine.convert",
+    "detectability": "pairtrace.engine.detectability.measure",
     "diagnose": "pairtrace.engine.diagnosis.diagnose",
     "discover_pairs": "pairtrace.engine.discovery.pairs_view",
     "discover_prompts": "pairtrace.engine.discovery.prompts_view",

@@ -19,7 +19,7 @@ from pairtrace.options import (
     numbers,
     settings,
 )
-from pairtrace.terminal import Answer, progress, summary_text
+from pairtrace.terminal import Answer, progress, summary_text, table_lines
 
 logger = logging.getLogger("pairtrace")
 
@@ -150,3 +150,70 @@ def _finetune(
         logger.info("%s is already trained with these settings: nothing to do", out)
     figures = summary.to_dict()
     return Answer(figures, json, text=f"{summary_text(figures)}\n{_ABOUT}")
+
+
+@app.command(
+    "detectability",
+    epilog="Example: pairtrace detectability prompts.jsonl ./sft by-sft=./s1 by-sft=./s2 by-dpo=./d1 "
+    "--probe harm.safetensors --rollouts judged.parquet --out detect.json",
+)
+def _detectability(
+    prompts: Annotated[str, typer.Argument(help="Prompts to answer, as for evaluate; `benign` tells the two kinds.")],
+    before: Annotated[str, typer.Argument(help="Checkpoint from before the training.")],
+    after: Annotated[
+        list[str], typer.Argument(help="Trained checkpoints, as NAME=DIRECTORY; those with one name are its runs.")
+    ],
+    probe: Annotated[str, typer.Option(help="Probe file; its probes belong to BEFORE.")],
+    rollouts: Annotated[str, typer.Option(help="Judged responses of both classes, which every model reads.")],
+    out: Annotated[str, typer.Option(help="Report to write (.json); the figure (.svg) goes beside it.")],
+    text: Annotated[
+        str | None, typer.Option(help="Held-out benign responses, as for finetune --method sft, for the loss.")
+    ] = None,
+    label_column: Annotated[str | None, typer.Option(help="Column of --rollouts that holds the verdicts.")] = None,
+    answers_of: Annotated[
+        str | None, typer.Option(help="Only responses of these models in --rollouts, comma-separated.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers of the probes, comma-separated [default: the best one of the file].")
+    ] = None,
+    folds: Annotated[int, typer.Option(help="Folds of the cross-validation of new probes.")] = 5,
+    judged_share: Annotated[
+        float, typer.Option(help="Share of the prompts to measure on, where few are those of the probes' training.")
+    ] = 0.5,
+    rules: Annotated[str | None, typer.Option(help="Rule file of the behaviour's judge [default: refusals].")] = None,
+    refusal_rules: Annotated[
+        str | None, typer.Option(help="Rule file that tells refusals on benign prompts [default: refusal patterns].")
+    ] = None,
+    conditions: Annotated[
+        str | None, typer.Option(help="plain, distractor or plain,distractor [default: as the prompts say].")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(help="Responses per batch.")] = 64,
+    seed: Annotated[int, typer.Option(help="Seed of sampling, splits and bootstrap.")] = 0,
+    confidence: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
+    replicates: Annotated[int, typer.Option(help="Replicates of the bootstrap.")] = 2000,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option("--compute-dtype", help="Dtype of the forward passes.")] = "auto",
+    max_length: MaxLength = 1024,
+    truncation: Truncation = "keep_start",
+    token_budget: Annotated[int, typer.Option(help="Tokens per forward pass.")] = 4096,
+    chat_template: Template = None,
+    template_date: TemplateDate = None,
+    json: Json = False,
+) -> Answer:
+    """Report behaviour, helpfulness, loss and ROC-AUC of old, held-out and retrained probes before and after."""
+    options = settings(
+        locals(),
+        after=tuple(after),
+        answers_of=() if answers_of is None else tuple(answers_of.split(",")),
+        layers=None if layers is None else numbers(layers),
+        conditions=None if conditions is None else tuple(conditions.split(",")),
+    )
+    from pairtrace.engine.detectability.config import DetectabilityConfig
+    from pairtrace.engine.detectability.figures import METRICS
+    from pairtrace.engine.detectability.measure import detectability
+
+    found = detectability(DetectabilityConfig(**options), progress())
+    told = [f"{name}: {METRICS[name]}" for name in METRICS if name in found.before.figures]
+    return Answer(found.to_dict(), json, text="\n".join([*table_lines(found.rows()), *told]))

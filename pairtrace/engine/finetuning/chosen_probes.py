@@ -41,7 +41,7 @@ class ChosenProbes:
         """
         if config.probe is None:
             return cls()
-        layers = config.probe_layers or _best_layer(config.probe)
+        layers = config.probe_layers or best_layers(config.probe)
         probes = load_probes(
             config.probe,
             layers=layers,
@@ -59,7 +59,7 @@ class ChosenProbes:
         )
 
 
-def _best_layer(path: str) -> tuple[int, ...] | None:
+def best_layers(path: str) -> tuple[int, ...] | None:
     """The layer that its training found best; None, for all of them, where the file does not say."""
     training = read_manifest(path).get("training") if path.endswith(".safetensors") else None
     best = training.get("best_layer") if isinstance(training, dict) else None
