@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from pairtrace.cli import app
 from pairtrace.engine.checkpoint import load_tokenizer
 from pairtrace.engine.detectability.areas import split_examples
 from pairtrace.engine.detectability.config import DetectabilityConfig
@@ -162,6 +165,17 @@ def test_a_rerun_measures_nothing_again_and_a_new_model_alone(case: Case, tmp_pa
     assert [method.runs for method in more.methods] == [2]
     values = [run.figures["training"].value for run in more.runs]
     assert more.methods[0].figures["training"].value == pytest.approx(np.mean(values))
+
+
+def test_the_command(case: Case, tmp_path: Path) -> None:
+    arguments = ["detectability", case.prompts, case.before, f"tuned={case.after}", "--probe", case.probe]
+    arguments += ["--rollouts", case.rollouts, "--out", tmp_path / "report.json", "--folds", "2", "--device", "cpu"]
+    arguments += ["--max-new-tokens", "4", "--replicates", "50"]
+    shown = CliRunner().invoke(app, list(map(str, arguments)))
+    assert shown.exit_code == 0, shown.output
+    assert re.search(r"before +1 .*\n +tuned +1 ", shown.stdout)
+    assert "retrained: ROC-AUC of probes trained on this model's own activations" in shown.stdout
+    assert "loss" not in shown.stdout, "no texts were given"
 
 
 def test_new_prompts_are_split(case: Case, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from pairtrace.cli import app
 from pairtrace.engine.finetuning.finetune import finetune
 from pairtrace.errors import ConfigError, DirectionError, ModelError, ProbeMismatchError
 from tests.engine.finetuning.cases import config_for, largest_difference, probes_of, run, write_probes
@@ -59,6 +62,22 @@ def test_killed_process(small: Path, given: Path, probe: Path, against: Path, tm
     summary = run(small, given, out, **settings(probe))
     assert summary.training["resumed_from"] >= 1 or summary.already_complete
     assert largest_difference(out, against) == 0.0
+
+
+def test_the_command(small: Path, given: Path, probe: Path, against: Path) -> None:
+    """Its options are the settings: the finished run is recognised."""
+    arguments = ["finetune", small, given, "--method", "sft", "--probe", probe, "--probe-layers", "1"]
+    arguments += ["--probe-weight", "2", "--epochs", "2", "--batch-size", "8", "--learning-rate", "1e-3"]
+    arguments += ["--device", "cpu", "--out", against]
+    shown = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert shown.exit_code == 1 and "its probe_layers is None, not [1]" in shown.stderr
+    arguments[arguments.index("--probe-layers") : arguments.index("--probe-layers") + 2] = []
+    shown = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert shown.exit_code == 0, shown.output
+    figures = json.loads(shown.stdout)
+    assert figures["already_complete"] and figures["trained_against"] == ["harm/1"]
+    shown = CliRunner().invoke(app, list(map(str, arguments)))
+    assert "watched probes have no part in the training" in shown.stdout
 
 
 def test_other_runs_are_refused(small: Path, given: Path, probe: Path, against: Path, tmp_path: Path) -> None:
