@@ -200,13 +200,12 @@ def test_the_penalty_lowers_the_probability(plain: Path, against: Path, probe: P
     assert entry["loss"] > 2 * entry["probe/term"]
 
 
-def test_accumulation_does_not_change_the_step(
-    small: Path, given: Path, probe: Path, against: Path, tmp_path: Path
+@pytest.mark.parametrize("changes", [{"accumulation": 4}, {"gradient_checkpointing": True}], ids=str)
+def test_how_a_step_is_carried_out_does_not_change_it(
+    small: Path, given: Path, probe: Path, against: Path, tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     """Passes of a step hold different numbers of tokens; the term counts every response once."""
-    run(
-        small, given, tmp_path / "m1", method="sft", probe=str(probe), probe_weight=2.0, epochs=2, accumulation=4
-    )  # fmt: skip
+    run(small, given, tmp_path / "m1", method="sft", probe=str(probe), probe_weight=2.0, epochs=2, **changes)
     assert largest_difference(tmp_path / "m1", against) < 4e-5
 
 
