@@ -128,6 +128,24 @@ def test_gradient_of_the_whole_loss_is_that_of_finite_differences(given: Path, t
         assert torch.equal(*(one[name] for one in gradients)), name
 
 
+def test_looking_leaves_the_model_as_it_is(small: Path, given: Path, probe: Path) -> None:
+    """Also where the forward pass fails inside; what was read is dropped."""
+    model = AutoModelForCausalLM.from_pretrained(small)
+    ids = torch.tensor(rendered(small, given)[0].ids.tolist())[None]
+    before = model(input_ids=ids).logits
+    watch = ProbeWatch(load_probes(probe))
+    with watch.reading(model, torch.ones_like(ids)) as states:
+        inside = model(input_ids=ids).logits
+    figures = watch.averages()
+    assert set(figures) == {f"probe/{name}/{layer}" for name in ("harm", "harm-held-out-1") for layer in (1, 2)}
+    with pytest.raises(KeyError, match="inside"), watch.reading(model, torch.ones_like(ids)):
+        model(input_ids=ids)
+        raise KeyError("inside")
+    assert watch.averages() == {} and not states
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(before, inside) and torch.equal(before, model(input_ids=ids).logits)
+
+
 def trainer_of(model: Any, examples: list[RenderedExample], probe: Path, weight: float, out: Path) -> ResponseTrainer:
     from trl import SFTConfig
 
