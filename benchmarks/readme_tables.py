@@ -16,6 +16,7 @@ from typing import Any
 
 from attribution_tables import attribution_table, cost_table
 from discovery_table import organisms_table
+from probe_training_table import training_table
 from speed_tables import cosine_table, discover_table, gpu_table, reuse_table, score_table, store_table, vllm_table
 
 RESULTS = Path(__file__).parent / "results"
@@ -113,6 +114,7 @@ TABLES = {
     "bench_cost": measured("bench_cost", cost_table),
     "bench_discover_organism": measured("bench_discover_organism", organisms_table),
     "bench_discover": measured("bench_discover", discover_table),
+    "bench_probe_training": measured("bench_probe_training", training_table),
     "bench_cosine": measured("bench_cosine", cosine_table),
     "bench_gpu": measured("bench_gpu", gpu_table),
     "bench_score_store": measured("bench_score_store", score_table),

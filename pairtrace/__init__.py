@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from pairtrace.engine.behavior import BehaviorConfig, build_behavior
     from pairtrace.engine.convert import ConvertConfig, convert
     from pairtrace.engine.cost import CostRecord, Prices, read_costs
+    from pairtrace.engine.detectability.config import DetectabilityConfig
+    from pairtrace.engine.detectability.measure import detectability
     from pairtrace.engine.diagnosis.config import DiagnoseConfig
     from pairtrace.engine.diagnosis.diagnose import diagnose
     from pairtrace.engine.discovery.pairs_view import PairsConfig, discover_pairs
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from pairtrace.engine.evaluation.config import EvaluateConfig
     from pairtrace.engine.evaluation.evaluate import evaluate
     from pairtrace.engine.extract import ExtractConfig, extract
+    from pairtrace.engine.finetuning.config import FinetuneConfig
+    from pairtrace.engine.finetuning.finetune import finetune
     from pairtrace.engine.monitoring.callback import MonitorCallback
     from pairtrace.engine.monitoring.config import MonitorConfig, MonitorRunConfig
     from pairtrace.engine.monitoring.run import monitor_run
@@ -62,10 +66,12 @@ __all__ = [
     "BehaviorConfig",
     "ConvertConfig",
     "CostRecord",
+    "DetectabilityConfig",
     "DiagnoseConfig",
     "EditConfig",
     "EvaluateConfig",
     "ExtractConfig",
+    "FinetuneConfig",
     "GradientConfig",
     "JudgeConfig",
     "LengthConfig",
@@ -92,6 +98,7 @@ __all__ = [
     "build_behavior",
     "compare_probes",
     "convert",
+    "detectability",
     "diagnose",
     "discover_pairs",
     "discover_prompts",
@@ -99,6 +106,7 @@ __all__ = [
     "evaluate",
     "evaluate_probes",
     "extract",
+    "finetune",
     "gradient_baseline",
     "load_probes",
     "monitor_run",
@@ -126,10 +134,12 @@ _HOMES = {
     "BehaviorConfig": "pairtrace.engine.behavior",
     "ConvertConfig": "pairtrace.engine.convert",
     "CostRecord": "pairtrace.engine.cost",
+    "DetectabilityConfig": "pairtrace.engine.detectability.config",
     "DiagnoseConfig": "pairtrace.engine.diagnosis.config",
     "EditConfig": "pairtrace.engine.edit_config",
     "EvaluateConfig": "pairtrace.engine.evaluation.config",
     "ExtractConfig": "pairtrace.engine.extract",
+    "FinetuneConfig": "pairtrace.engine.finetuning.config",
     "GradientConfig": "pairtrace.engine.baselines.gradient_config",
     "JudgeConfig": "pairtrace.engine.baselines.judge_config",
     "LengthConfig": "pairtrace.engine.baselines.simple",
@@ -155,6 +165,7 @@ _HOMES = {
     "build_behavior": "pairtrace.engine.behavior",
     "compare_probes": "pairtrace.engine.probes.compare",
     "convert": "pairtrace.engine.convert",
+    "detectability": "pairtrace.engine.detectability.measure",
     "diagnose": "pairtrace.engine.diagnosis.diagnose",
     "discover_pairs": "pairtrace.engine.discovery.pairs_view",
     "discover_prompts": "pairtrace.engine.discovery.prompts_view",
@@ -162,6 +173,7 @@ _HOMES = {
     "evaluate": "pairtrace.engine.evaluation.evaluate",
     "evaluate_probes": "pairtrace.engine.probes.evaluate",
     "extract": "pairtrace.engine.extract",
+    "finetune": "pairtrace.engine.finetuning.finetune",
     "gradient_baseline": "pairtrace.engine.baselines.gradient",
     "load_probes": "pairtrace.engine.probes.probe_file",
     "monitor_run": "pairtrace.engine.monitoring.run",

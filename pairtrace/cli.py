@@ -19,6 +19,7 @@ from pairtrace.commands import (
     edits,
     evaluation,
     extraction,
+    finetuning,
     gradient,
     monitoring,
     probes,
@@ -71,6 +72,7 @@ for commands in (extraction.app, scoring.app, diagnosis.app, edits.app, costs.ap
 app.add_typer(monitoring.app)
 app.add_typer(truncation.app)
 app.add_typer(steering.app)
+app.add_typer(finetuning.app)
 baselines.app.add_typer(gradient.app)
 app.add_typer(baselines.app, name="baseline")
 app.add_typer(discovery.app, name="discover")

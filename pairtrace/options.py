@@ -89,7 +89,7 @@ def _engine_option(text: str) -> tuple[str, Any]:
         ) from None
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def numbers(text: str, option: str = "--layers") -> tuple[int, ...]:
     """Layers out of "20,24".
 
     Raises:
@@ -98,4 +98,4 @@ def numbers(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise ConfigError(f"--layers is {text!r}; expected numbers separated by commas, for example 20,24") from None
+        raise ConfigError(f"{option} is {text!r}; expected numbers separated by commas, for example 20,24") from None

@@ -197,3 +197,48 @@ def test_arms_know_their_control(attribution: Any) -> None:
     half = arm(method="pairtrace", action="filter", size="k/2")
     assert (half.name, half.control) == ("pairtrace filter k over 2", "random filter k over 2")
     assert arm(method="pairtrace", action="drop-sources").control == "random filter sources"
+
+
+def steered(control: bool, low: float, high: float) -> dict[str, Any]:
+    difference = {"value": (low + high) / 2, "low": low, "high": high}
+    return {"mode": "add", "control": control, "scale": 0.5, "difference": difference}
+
+
+def test_claims_of_training_against_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the paper found may hold or not; the interval of a steered rate has to lie on the right side of 0."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    claims_of = importlib.import_module("probe_training_report").claims_of
+
+    def arm(training: float, retrained: float, helpful: float) -> dict[str, Any]:
+        kept = {"training": {"value": training}, "retrained": {"value": retrained}}
+        return {"kept": kept, "changes": {"helpful": {"value": helpful}}}
+
+    results = {
+        "arms": {
+            "sft-probe": arm(0.6, 0.97, -0.08),
+            "dpo-probe": arm(0.9, 0.9, -0.01),
+            "dpo-ensemble": arm(0.93, 1, 0),
+        },
+        "cut": {name: {"value": cut} for name, cut in (("sft-probe", 0.3), ("dpo-probe", 0.7), ("dpo-ensemble", 0.7))},
+        "steering": {
+            "m0": [{"difference": None}, steered(False, 0.1, 0.4), steered(True, 0.02, 0.2)],
+            "m1": [{"difference": None}, steered(False, -0.3, -0.1), steered(True, -0.1, 0.1)],
+        },
+        "minutes": 20.0,
+    }
+    held = {claim.name: claim.holds for claim in claims_of(results)}
+    assert held == {
+        "sft-probe: share of the behaviour cut": False,
+        "sft-probe: helpfulness lost, points": False,
+        "sft-probe: ROC-AUC of retrained probes, share of the former": True,
+        "dpo-probe: share of the behaviour cut": True,
+        "dpo-probe: helpfulness lost, points": True,
+        "dpo-probe: ROC-AUC of retrained probes, share of the former": False,
+        "DPO keeps more of the training probe's ROC-AUC than SFT, by": True,
+        "dpo-ensemble: what it adds to the ROC-AUC kept": True,
+        "the behaviour's vector added to M0: near end of the change's interval": True,
+        "a random vector added to M0 at 0.5: near end of the change's interval": False,
+        "the behaviour's vector projected out of M1: near end of the change's interval": True,
+        "a random vector projected out of M1 at 0.5: near end of the change's interval": True,
+        "minutes of the whole benchmark": True,
+    }

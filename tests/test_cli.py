@@ -20,7 +20,7 @@ from tests.models import HH, make_model, make_tokenizer
 README = Path(__file__).resolve().parents[1] / "README.md"
 COMMANDS = [
     *("extract", "plan", "behavior", "score", "top", "sources", "edit", "restore", "demo", "version"),
-    *("diagnose", "train", "evaluate", "cost", "monitor", "truncate", "steer"),
+    *("diagnose", "train", "evaluate", "cost", "monitor", "truncate", "steer", "finetune", "detectability"),
     *("store info", "store verify", "store convert"),
     *("discover pairs", "discover prompts", "discover show"),
     *("probe train", "probe eval", "probe compare"),

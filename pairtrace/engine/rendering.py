@@ -114,7 +114,7 @@ class Renderer:
         if pair.problem:
             return f"malformed_row: {pair.problem}"
         sides = (("chosen", pair.chosen), ("rejected", pair.rejected))
-        empty = [name for name, response in sides if _is_blank(response)]
+        empty = [name for name, response in sides if is_blank(response)]
         if empty:
             return f"empty_response: {' and '.join(empty)} {'is' if len(empty) == 1 else 'are'} empty"
         prepared = self._apply_template(pair) if pair.conversational else self._append_eos(pair)
@@ -226,17 +226,17 @@ class Renderer:
 
 def _boundary(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> int:
     """Number of prompt tokens that both sides begin with: a template or a merge may change the last ones."""
-    return min(_common_prefix(prompt, chosen), _common_prefix(prompt, rejected))
+    return min(common_prefix(prompt, chosen), common_prefix(prompt, rejected))
 
 
-def _common_prefix(ids: np.ndarray, others: np.ndarray) -> int:
+def common_prefix(ids: np.ndarray, others: np.ndarray) -> int:
     """Number of leading tokens that two sequences share."""
     length = min(len(ids), len(others))
     differs = ids[:length] != others[:length]
     return int(differs.argmax()) if differs.any() else length
 
 
-def _is_blank(response: str | list[Message]) -> bool:
+def is_blank(response: str | list[Message]) -> bool:
     """Whether a response holds neither text nor a tool call."""
     if isinstance(response, str):
         return not response.strip()

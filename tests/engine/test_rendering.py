@@ -198,7 +198,7 @@ class TestAgainstTrl:
             assert case.mismatches(1024, "keep_start", rows)[1] == 0
             for shift in (-1, 1):
                 assert differing(case, rendering, "_boundary", lambda *ids, by=shift: boundary(*ids) + by) > 20
-        one_side = lambda prompt, chosen, rejected: rendering._common_prefix(prompt, chosen)  # noqa: E731
+        one_side = lambda prompt, chosen, rejected: rendering.common_prefix(prompt, chosen)  # noqa: E731
         assert differing(hh_plain, rendering, "_boundary", one_side) > 0
         no_eos = lambda self, pair: (pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected)  # noqa: E731
         assert differing(hh_plain, Renderer, "_append_eos", no_eos) > 20

@@ -115,7 +115,7 @@ def evaluate_probes(
         same_model = _require_fit(config.probe, probes, examples)
         usable = np.ones(len(examples.labels), bool)
         if not config.include_training:
-            usable = ~_trained_on(examples, trained_prompts(config.probe))
+            usable = ~examples_trained_on(examples, trained_prompts(config.probe))
         if not usable.any():
             raise ExamplesError(
                 f"{examples.origin.name}: the probes were trained on the prompts of all {len(usable)} examples; "
@@ -168,8 +168,8 @@ def _require_fit(path: str, probes: list[Probe], examples: Examples) -> bool:
     return probes[0].model_fingerprint == origin.model_fingerprint
 
 
-def _trained_on(examples: Examples, digests: np.ndarray) -> np.ndarray:
-    """bool [n]: examples of prompts with content that is among the digests, under whichever condition."""
+def examples_trained_on(examples: Examples, digests: np.ndarray) -> np.ndarray:
+    """bool [n]: examples of prompts with content that is among the digests (uint64), under whichever condition."""
     seen = np.zeros(int(examples.prompts.max()) + 1, bool)
     seen[examples.prompts[np.isin(examples.contents, digests)]] = True
     result: np.ndarray = seen[examples.prompts]

@@ -8,33 +8,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig
 
 from pairtrace.engine.checkpoint import load_config, load_model, resolve_dtype
 from pairtrace.engine.cost import CostMeter
 from pairtrace.engine.progress import Progress
+from pairtrace.engine.training.arguments import adapter_of, computes_twice, trainer_arguments, use_device
 from pairtrace.engine.training.batches import StepBatches
-from pairtrace.engine.training.config import SCHEDULERS, TrainConfig
+from pairtrace.engine.training.config import TrainConfig
 from pairtrace.engine.training.cpu_head import head_for_cpu
 from pairtrace.engine.training.job import Job
 from pairtrace.engine.training.operations import Operations
-from pairtrace.engine.training.pair_trainer import (
-    PairTrainer,
-    ProgressCallback,
-    drop_attention_mask,
-    quiet_libraries,
-)
+from pairtrace.engine.training.pair_trainer import PairTrainer, drop_attention_mask, quiet_libraries
 from pairtrace.engine.training.reference import ReferenceCache, reference_log_probabilities
 from pairtrace.engine.training.rows import TrainingRows, read_rows
 from pairtrace.engine.training.run_directory import COSTS, RunDirectory
 from pairtrace.engine.training.saving import save_checkpoint
+from pairtrace.engine.training.steps import ProgressCallback, Watch
 from pairtrace.errors import ConfigError, PairtraceError, TrainingError
 
 if TYPE_CHECKING:
     from pairtrace.engine.monitoring.callback import MonitorCallback
+    from pairtrace.engine.pairs import PairSource
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +38,8 @@ _METHOD = "dpo"
 _REFERENCE_DIRECTORY = ".pairtrace-reference"
 # Padded tokens of a forward pass of the reference.
 _REFERENCE_TOKENS = {"cpu": 4096, "cuda": 32_768}
-# From this size on, activations are computed twice unless the caller says otherwise.
-_LARGE_MODEL = 1_000_000_000
-# Twenty entries of the log or more, every tenth step at the least.
-_LOG_ENTRIES, _LOG_EVERY = 20, 10
 # What is kept of the trainer's log: its other figures are not measured on every device.
-_LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "rewards/", "logps/")
+_LOGGED = ("step", "epoch", "loss", "grad_norm", "learning_rate", "rewards/", "logps/", "probe/")
 _DROPPED_SHOWN = 3
 
 
@@ -66,8 +58,14 @@ class Outcome:
     log: list[dict[str, Any]]
 
 
-def run_dpo(job: Job, directory: RunDirectory, progress: Progress) -> Outcome:
+def run_dpo(job: Job[PairSource], directory: RunDirectory, progress: Progress, watch: Watch | None = None) -> Outcome:
     """Train, and write the result to the `final` directory of the run.
+
+    Args:
+        job: what to train on what.
+        directory: of the run.
+        progress: receives its stages.
+        watch: its figures go into the log.
 
     Raises:
         DataError: no row can be trained on.
@@ -81,7 +79,7 @@ def run_dpo(job: Job, directory: RunDirectory, progress: Progress) -> Outcome:
     configs = copy.deepcopy(stored), copy.deepcopy(model.generation_config)
     costs: dict[str, Any] = {"device": job.device, "path": directory.partial / COSTS, "resumed": True}
     with quiet_libraries(), head_for_cpu(model.config.get_text_config().vocab_size, job.device):
-        run = _Run(job, rows, model, progress)
+        run = _Run(job, rows, model, progress, watch)
         with CostMeter(method=_METHOD, stage="reference", **costs) as run.meter:
             trainer = run.trainer(model, directory)
         reference = run.meter.record
@@ -105,11 +103,7 @@ def run_dpo(job: Job, directory: RunDirectory, progress: Progress) -> Outcome:
             dtype=resolve_dtype(job.config.save_dtype, stored),
             merge=job.config.merge,
         )
-    log = [
-        {name: value for name, value in entry.items() if name.startswith(_LOGGED)}
-        for entry in trainer.state.log_history
-        if "loss" in entry
-    ]
+    log = kept_log(trainer.state.log_history)
     figures = {
         "rows": job.source.rows,
         "trained": len(rows.pairs),
@@ -121,12 +115,13 @@ def run_dpo(job: Job, directory: RunDirectory, progress: Progress) -> Outcome:
         "reference_cached": 2 * len(rows.pairs) - run.computed,
         "tokens": run.meter.record.model_tokens,
         "flops": reference.flops + run.meter.record.flops,
-        **_losses(log, trainer.state.global_step),
+        **losses_of(log, trainer.state.global_step),
+        "last_accuracy": late_mean(log, trainer.state.global_step, "rewards/accuracies"),
     }
     return Outcome(figures=figures, dropped=rows.dropped_records(), log=log)
 
 
-def _read_rows(job: Job, progress: Progress) -> TrainingRows:
+def _read_rows(job: Job[PairSource], progress: Progress) -> TrainingRows:
     rows = read_rows(job.source, job.renderer, progress)
     if rows.dropped:
         shown = "; ".join(f"row {row.row}: {row.reason}" for row in rows.dropped[:_DROPPED_SHOWN])
@@ -136,16 +131,25 @@ def _read_rows(job: Job, progress: Progress) -> TrainingRows:
     return rows
 
 
-def _losses(log: list[dict[str, Any]], steps: int) -> dict[str, float | None]:
-    """First loss, and means over the entries of the last tenth of the steps, the last entry in any case."""
+def kept_log(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of a trainer's log about its steps, without figures that are not measured on every device."""
+    return [
+        {name: value for name, value in entry.items() if name.startswith(_LOGGED)}
+        for entry in history
+        if "loss" in entry
+    ]
+
+
+def losses_of(log: list[dict[str, Any]], steps: int) -> dict[str, float | None]:
+    """The first loss, and the mean of the last ones."""
+    return {"first_loss": float(log[0]["loss"]) if log else None, "last_loss": late_mean(log, steps, "loss")}
+
+
+def late_mean(log: list[dict[str, Any]], steps: int, name: str) -> float | None:
+    """Mean of a figure over the entries of the last tenth of the steps, the last entry in any case."""
     late = [entry for entry in log if entry["step"] > 0.9 * steps] or log[-1:]
-
-    def mean(name: str) -> float | None:
-        values = [float(entry[name]) for entry in late if name in entry]
-        return sum(values) / len(values) if values else None
-
-    first = float(log[0]["loss"]) if log else None
-    return {"first_loss": first, "last_loss": mean("loss"), "last_accuracy": mean("rewards/accuracies")}
+    values = [float(entry[name]) for entry in late if name in entry]
+    return sum(values) / len(values) if values else None
 
 
 class _Run:
@@ -158,19 +162,21 @@ class _Run:
         monitor: watches the run; None where nothing is to be watched.
     """
 
-    def __init__(self, job: Job, rows: TrainingRows, model: Any, progress: Progress) -> None:
+    def __init__(
+        self, job: Job[PairSource], rows: TrainingRows, model: Any, progress: Progress, watch: Watch | None
+    ) -> None:
         self.meter: CostMeter
         self.computed = 0
+        self._watch = watch
         self._job = job
         self._rows = rows
         self._progress = progress
         self.monitor = _monitor(job)
         config = job.config
-        chosen = config.gradient_checkpointing
-        large = job.device.type == "cuda" and model.num_parameters() >= _LARGE_MODEL
-        self._checkpointing = large if chosen is None else chosen
-        adapter = config.lora is not None
-        self._operations = Operations(model.config, rows, adapter=adapter, checkpointing=self._checkpointing)
+        self._checkpointing = computes_twice(config, model, job.device)
+        self._operations = Operations(
+            model.config, *rows.lengths(), adapter=config.lora is not None, checkpointing=self._checkpointing
+        )
         self._batches = StepBatches(
             self._operations.tokens.max(axis=1).tolist(),
             batch_size=config.batch_size,
@@ -196,7 +202,8 @@ class _Run:
                 reference_pass=self._reference,
                 on_pass=self._count_pass,
                 on_save=directory.seal_checkpoint,
-                peft_config=_adapter(config),
+                watch=self._watch,
+                peft_config=adapter_of(config),
                 processing_class=self._job.renderer.tokenizer,
                 callbacks=[callback, *([] if self.monitor is None else [self.monitor])],
             )
@@ -207,48 +214,23 @@ class _Run:
         return callback.trainer
 
     def _arguments(self, output: Path) -> DPOConfig:
-        config = self._job.config
-        on_cpu = self._job.device.type == "cpu"
-        if not on_cpu:
-            torch.cuda.set_device(self._job.device)
+        config, device = self._job.config, self._job.device
         arguments = DPOConfig(
-            output_dir=str(output),
             beta=config.beta,
             loss_type=list(config.loss_type),
             loss_weights=list(config.loss_weights) or None,
             label_smoothing=config.label_smoothing,
-            max_length=None,  # cut already
             precompute_ref_log_probs=True,
-            learning_rate=config.rate,
-            lr_scheduler_type=SCHEDULERS[config.scheduler],
-            warmup_steps=config.warmup,
-            optim="adamw_torch_fused",
-            weight_decay=config.weight_decay,
-            adam_beta1=config.adam_beta1,
-            adam_beta2=config.adam_beta2,
-            adam_epsilon=config.adam_epsilon,
-            max_grad_norm=config.max_grad_norm,
-            num_train_epochs=config.epochs,
-            max_steps=config.max_steps or -1,
-            per_device_train_batch_size=config.batch_size // config.accumulation,
-            gradient_accumulation_steps=config.accumulation,
-            gradient_checkpointing=self._checkpointing,
-            seed=config.seed,
-            bf16=self._job.bfloat16,
-            use_cpu=on_cpu,
-            save_strategy="steps" if 0 < config.save_steps < self.steps else "no",
-            save_steps=max(config.save_steps, 1),
-            logging_steps=max(1, min(_LOG_EVERY, self.steps // _LOG_ENTRIES)),
-            logging_first_step=True,
-            logging_nan_inf_filter=False,
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
+            **trainer_arguments(
+                config,
+                output,
+                steps=self.steps,
+                device=device,
+                bfloat16=self._job.bfloat16,
+                checkpointing=self._checkpointing,
+            ),
         )
-        if not on_cpu:
-            # Several visible GPUs would be wrapped in DataParallel, which TRL refuses; the run uses one.
-            arguments._n_gpu = 1
+        use_device(device, arguments)
         return arguments
 
     def _reference(self, compute: Any) -> Any:
@@ -278,7 +260,7 @@ def _monitor_directory(config: TrainConfig) -> str:
     return f"{config.out}.monitor"
 
 
-def _monitor(job: Job) -> MonitorCallback | None:
+def _monitor(job: Job[PairSource]) -> MonitorCallback | None:
     config = job.config
     if config.monitor is None:
         return None
@@ -298,17 +280,3 @@ def _monitor(job: Job) -> MonitorCallback | None:
         template_date=config.template_date,
     )
     return MonitorCallback(settings, steps=config.monitor_steps)
-
-
-def _adapter(config: TrainConfig) -> LoraConfig | None:
-    if config.lora is None:
-        return None
-    return LoraConfig(
-        r=config.lora,
-        lora_alpha=config.lora_alpha or 2 * config.lora,
-        # All linear layers but the LM head, which TRL reads past its adapter.
-        target_modules=list(config.lora_targets) or "all-linear",
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 
@@ -16,14 +17,27 @@ from pairtrace.engine.training.config import TrainConfig
 from pairtrace.engine.versions import library_versions
 
 if TYPE_CHECKING:
-    from pairtrace.engine.pairs import PairSource
     from pairtrace.engine.rendering import Renderer
 
 logger = logging.getLogger(__name__)
 
 
+class TrainingSource(Protocol):
+    """Data to train on."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its content, hex."""
+
+    def describe(self) -> str:
+        """What was found, in a sentence."""
+
+
+Source = TypeVar("Source", bound=TrainingSource)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(Generic[Source]):
     """One training run.
 
     Attributes:
@@ -39,7 +53,7 @@ class Job:
 
     config: TrainConfig
     base: Path
-    source: PairSource
+    source: Source
     renderer: Renderer
     device: torch.device
     bfloat16: bool
@@ -47,8 +61,12 @@ class Job:
     versions: dict[str, str]
 
     @classmethod
-    def prepare(cls, config: TrainConfig) -> Job:
+    def prepare(cls, config: TrainConfig, open_source: Callable[[], Source]) -> Job[Source]:
         """Open data and tokenizer and take fingerprints; reads the checkpoint's weights once.
+
+        Args:
+            config: the settings.
+            open_source: opens the data.
 
         Raises:
             ConfigError: the device is not there, or the chat template cannot be read.
@@ -58,7 +76,7 @@ class Job:
         base = resolve_checkpoint(config.model)
         require_whole_weights(base)
         weights = model_fingerprint(base)
-        source = config.open_source()
+        source = open_source()
         logger.info("%s", source.describe())
         renderer = config.load_renderer(str(base))
         tokenizer, template = fingerprints(renderer.tokenizer, renderer.chat_template)

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from pairtrace.engine.flops import ModelShape, causal
-from pairtrace.engine.training.rows import TrainingRows
 from pairtrace.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
@@ -23,17 +22,19 @@ class Operations:
 
     Args:
         model_config: of transformers.
-        rows: the pairs to train on.
+        tokens: int64 [N, S], tokens of every sequence of every example: chosen and rejected of a pair, for instance.
+        responses: int64 [N, S], how many of them have loss.
         adapter: whether only an adapter is trained.
         checkpointing: whether activations are computed twice.
 
     Attributes:
-        tokens: int64 [N, 2], tokens of the chosen and the rejected sequence of every pair.
+        tokens: as given.
     """
 
-    def __init__(self, model_config: Any, rows: TrainingRows, *, adapter: bool, checkpointing: bool) -> None:
-        self.tokens = np.array([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in rows.pairs], dtype=np.int64)
-        responses = np.array([[pair.chosen_tokens, pair.rejected_tokens] for pair in rows.pairs], dtype=np.int64)
+    def __init__(
+        self, model_config: Any, tokens: np.ndarray, responses: np.ndarray, *, adapter: bool, checkpointing: bool
+    ) -> None:
+        self.tokens = tokens
         self._forward = np.zeros(self.tokens.shape)
         try:
             shape = ModelShape.from_config(model_config)
@@ -46,7 +47,7 @@ class Operations:
         self._passes = (_WITH_ADAPTER if adapter else _FORWARD_AND_BACKWARD) + _CHECKPOINTING * checkpointing
 
     def training(self, indices: list[int]) -> tuple[int, float]:
-        """Tokens and operations of a forward and backward pass over both sides of some pairs."""
+        """Tokens and operations of a forward and backward pass over all sequences of some examples."""
         return int(self.tokens[indices].sum()), float(self._passes * self._forward[indices].sum())
 
     def reference(self, sides: list[tuple[int, int]]) -> tuple[int, float]:

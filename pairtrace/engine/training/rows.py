@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.rendered import Quarantined, RenderedPair
 from pairtrace.errors import DataError
@@ -34,6 +36,12 @@ class TrainingRows:
     def reasons(self) -> dict[str, int]:
         """Dropped rows by reason code, most frequent first."""
         return dict(Counter(row.code for row in self.dropped).most_common())
+
+    def lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of the chosen and the rejected sequence of every pair, and those with loss: int64 [N, 2] each."""
+        tokens = [[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in self.pairs]
+        responses = [[pair.chosen_tokens, pair.rejected_tokens] for pair in self.pairs]
+        return np.array(tokens, dtype=np.int64), np.array(responses, dtype=np.int64)
 
     def dropped_records(self) -> list[dict[str, Any]]:
         """Row, source, pair id and reason of every dropped row; the pair id is "", as in a scores file."""

@@ -1,7 +1,9 @@
 """The directory of an unfinished training run, and how it becomes the finished one.
 
-While a run is unfinished, everything lies in `OUT.partial`: `run.json` with what the run is, `checkpoint-N` to resume
-from, `final` while the result is written. `final` is renamed to `OUT` at the very end.
+The finished directory holds the checkpoint, the record of the command that made it (`pairtrace_train.json` or
+`pairtrace_finetune.json`), and what it cost. While a run is unfinished, everything lies in `OUT.partial`: `run.json`
+with what the run is, `checkpoint-N` to resume from, `final` while the result is written. `final` is renamed to `OUT` at
+the very end.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pairtrace.engine.atomic import replacing
 from pairtrace.errors import ConfigError
@@ -19,7 +21,6 @@ from pairtrace.store.lock import WriterLock
 
 logger = logging.getLogger(__name__)
 
-RECORD = "pairtrace_train.json"
 COSTS = "pairtrace_train.costs.jsonl"
 # Names every file of a checkpoint with its size; written last.
 _MARKER = "complete.json"
@@ -31,13 +32,15 @@ class RunDirectory:
 
     Args:
         out: directory that the trained checkpoint will have.
+        command: that makes it.
 
     Attributes:
         out, partial: the finished and the unfinished directory.
     """
 
-    def __init__(self, out: str | Path) -> None:
+    def __init__(self, out: str | Path, command: Literal["train", "finetune"] = "train") -> None:
         self.out = Path(out)
+        self._command = command
         self.partial = self.out.with_name(self.out.name + ".partial")
 
     def finished(self, identity: dict[str, Any]) -> dict[str, Any] | None:
@@ -49,15 +52,19 @@ class RunDirectory:
         if not self.out.exists():
             return None
         try:
-            record = json.loads((self.out / RECORD).read_text(encoding="utf-8"))
+            record = json.loads((self.out / self._record_name).read_text(encoding="utf-8"))
             found = record["identity"]
         except (OSError, ValueError, KeyError, TypeError):
             raise ConfigError(
-                f"{self.out} exists and was not made by `pairtrace train`; choose another --out, or remove it"
+                f"{self.out} exists and was not made by `pairtrace {self._command}`; choose another --out, or remove it"
             ) from None
         _compare(found, identity, f"{self.out} holds the result of another run", "choose another --out, or remove it")
         assert isinstance(record, dict)
         return record
+
+    @property
+    def _record_name(self) -> str:
+        return f"pairtrace_{self._command}.json"
 
     def begin(self, identity: dict[str, Any]) -> WriterLock:
         """Make the directory of the run, or take over that of an unfinished run with the same identity.
@@ -125,9 +132,15 @@ class RunDirectory:
         path.mkdir()
         return path
 
-    def publish(self) -> None:
-        """Give `final` its place, and remove the unfinished directory."""
+    def publish(self, record: dict[str, Any]) -> None:
+        """Add the record of the run and its costs to `final`, give it its place, and remove the unfinished directory.
+
+        Args:
+            record: plain JSON values; "identity" is what `finished` compares.
+        """
         final = self.partial / "final"
+        (final / self._record_name).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (final / COSTS).write_bytes((self.partial / COSTS).read_bytes())
         for file in final.rglob("*"):
             if file.is_file():
                 _flush(file)

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pairtrace.engine.cost import CostRecord, read_costs
+from pairtrace.engine.cost import read_costs
 from pairtrace.engine.memory import is_out_of_memory
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.training.config import TrainConfig
-from pairtrace.engine.training.run_directory import COSTS, RECORD, RunDirectory
+from pairtrace.engine.training.run_directory import COSTS, RunDirectory
 from pairtrace.errors import ConfigError, MissingDependencyError, TrainingError
+
+if TYPE_CHECKING:
+    from pairtrace.engine.training.steps import Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +75,13 @@ class TrainSummary:
         return asdict(self)
 
 
-def train(config: TrainConfig, progress: Progress = NULL_PROGRESS) -> TrainSummary:
+def train(config: TrainConfig, progress: Progress = NULL_PROGRESS, *, watch: Watch | None = None) -> TrainSummary:
     """Train a checkpoint with DPO, going on where an interrupted run stopped.
+
+    Args:
+        config: what to do.
+        progress: receives the stages of the run.
+        watch: looks at the forward passes; its figures go into the log, and the weights are the same without it.
 
     Raises:
         ConfigError: the output exists and is of another run, or an unfinished run had other settings.
@@ -83,35 +90,25 @@ def train(config: TrainConfig, progress: Progress = NULL_PROGRESS) -> TrainSumma
         ModelError: the checkpoint or its tokenizer cannot be used.
         TrainingError: the loss or a gradient is not finite, or memory does not suffice.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("pairtrace train runs in one process; start it without accelerate launch or torchrun")
-    _require_libraries()
+    require_training()
     begun = time.perf_counter()
     from pairtrace.engine.training.dpo_run import run_dpo
     from pairtrace.engine.training.job import Job
 
     directory = RunDirectory(config.out)
-    job = Job.prepare(config)
+    job = Job.prepare(config, config.open_source)
     done = directory.finished(job.identity)
     if done is not None:
         return TrainSummary(**{**done["summary"], "already_complete": True})
     lock = directory.begin(job.identity)
     try:
-        try:
-            with _own_state(config.threads):
-                outcome = run_dpo(job, directory, progress)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise TrainingError(
-                f"out of memory ({str(error).splitlines()[0]}); spread a step over more passes with a larger "
-                "--accumulation, or give --gradient-checkpointing, a smaller --max-length or --lora"
-            ) from error
+        with training_process(config.threads):
+            outcome = run_dpo(job, directory, progress, watch)
         summary = TrainSummary(
             **outcome.figures,
             out=str(config.out),
             seconds=time.perf_counter() - begun,
-            all_processes=_totals(read_costs(directory.partial / COSTS)),
+            all_processes=total_costs(directory),
             settings=config.identity(),
         )
         record = {
@@ -121,30 +118,42 @@ def train(config: TrainConfig, progress: Progress = NULL_PROGRESS) -> TrainSumma
             "dropped": outcome.dropped,
             "log": outcome.log,
         }
-        (directory.partial / "final" / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        (directory.partial / "final" / COSTS).write_bytes((directory.partial / COSTS).read_bytes())
-        directory.publish()
+        directory.publish(record)
     finally:
         lock.release()
     return summary
 
 
-def _totals(records: list[CostRecord]) -> dict[str, float]:
+def total_costs(directory: RunDirectory) -> dict[str, float]:
+    """What an unfinished run has cost, all its processes together."""
+    records = read_costs(directory.partial / COSTS)
     names = ("wall_seconds", "device_seconds", "model_tokens", "flops")
     return {"records": len(records), **{name: sum(getattr(record, name) for record in records) for name in names}}
 
 
-def _require_libraries() -> None:
+def require_training() -> None:
+    """Find out before long work whether training is possible here.
+
+    Raises:
+        ConfigError: this is one of several processes.
+        MissingDependencyError: the extra `train` is not installed.
+    """
     from importlib.util import find_spec
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("pairtrace trains in one process; start it without accelerate launch or torchrun")
     missing = [name for name in ("trl", "peft", "accelerate", "datasets") if find_spec(name) is None]
     if missing:
         raise MissingDependencyError(" ".join(missing), "train", "training")
 
 
 @contextmanager
-def _own_state(threads: int | None) -> Iterator[None]:
-    """Training seeds the process's generators and may set its threads; the caller gets both back as they were."""
+def training_process(threads: int | None) -> Iterator[None]:
+    """Training seeds the process's generators and may set its threads; the caller gets both back as they were.
+
+    Raises:
+        TrainingError: memory ran out inside.
+    """
     import torch
 
     states = random.getstate(), np.random.get_state(), torch.get_num_threads()
@@ -153,6 +162,13 @@ def _own_state(threads: int | None) -> Iterator[None]:
             if threads is not None:
                 torch.set_num_threads(threads)
             yield
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"out of memory ({str(error).splitlines()[0]}); spread a step over more passes with a larger "
+                "--accumulation, or give --gradient-checkpointing, a smaller --max-length or --lora"
+            ) from error
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
