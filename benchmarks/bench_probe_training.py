@@ -80,20 +80,20 @@ def arms_of(sft: dict[str, Any], dpo: dict[str, Any]) -> tuple[Arm, ...]:
         Arm(name="sft-ensemble", probe="ensemble", settings={**sft, **weight}),
         Arm(name="dpo-none", probe="single", settings={**dpo, "signal": "none"}),
         Arm(name="dpo-judge", probe="single", settings={**dpo, "signal": "judge"}),
-        Arm(name="dpo-probe", probe="single", settings={**dpo, "min_gap": 0.2}),
-        Arm(name="dpo-ensemble", probe="ensemble", settings={**dpo, "min_gap": 0.2}),
+        Arm(name="dpo-probe", probe="single", settings={**dpo, "min_gap": 0.5}),
+        Arm(name="dpo-ensemble", probe="ensemble", settings={**dpo, "min_gap": 0.5}),
     )
 
 
 FULL = Plan(
     seeds=(0, 1, 2, 3, 4),
-    recipe={"sft_examples": 10_000, "sft_epochs": 1, "leak": 0.5, "plain_leak": 0.5, "preference_pairs": 800},
+    recipe={"sft_examples": 12_000, "sft_epochs": 2, "leak": 0.5, "plain_leak": 0.5, "preference_pairs": 800},
     arms=arms_of(
         {"learning_rate": 5e-4, "epochs": 2, "batch_size": 32, "probe_weight": 5.0},
-        {"learning_rate": 2e-4, "epochs": 2, "batch_size": 16, "samples": 8},
+        {"learning_rate": 7e-5, "epochs": 1, "batch_size": 16, "samples": 4},
     ),
     training_prompts=240,
-    samples=8,
+    samples=4,
     given_responses=2,
     benign_texts=200,
     cells=("harmful", "benign_format"),

@@ -41,6 +41,8 @@ from pairtrace.engine.steering.steer import steer
 Figures = dict[str, Any]
 
 NEW_TOKENS, ANSWERS_AT_ONCE = 48, 160
+# At 1 a model of this size mixes the words of all domains.
+TEMPERATURE = 0.7
 # Probes by what they are used for; the held-out ones are in both files and in no loss.
 PROBES = {"single": {"members": 1}, "ensemble": {"members": 5}}
 HELD_OUT = 3
@@ -126,7 +128,7 @@ def detectors(work: Path, needs: Figures, *, recipe: Figures, plan: Figures) -> 
             out=str(place / "judged.json"),
             rules=str(place / "rules.yaml"),
             samples=plan["samples"],
-            temperature=1.0,
+            temperature=TEMPERATURE,
             max_new_tokens=NEW_TOKENS,
             batch_size=ANSWERS_AT_ONCE,
             seed=recipe["seed"],
@@ -177,7 +179,7 @@ def train_arm(work: Path, needs: Figures, *, recipe: Figures, arm: Figures) -> F
         samples.mkdir(parents=True, exist_ok=True)
         for journal in (place / "judged.parts").glob("responses-*.jsonl"):
             shutil.copyfile(journal, samples / journal.name)
-        settings |= {"max_new_tokens": NEW_TOKENS, "sample_batch": ANSWERS_AT_ONCE, "temperature": 1.0}
+        settings |= {"max_new_tokens": NEW_TOKENS, "sample_batch": ANSWERS_AT_ONCE, "temperature": TEMPERATURE}
     summary = finetune(
         FinetuneConfig(
             model=str(place / "organism" / "m0"),
@@ -213,7 +215,7 @@ def measure(work: Path, needs: Figures, *, recipe: Figures, arms: list[Figures])
             text=str(place / "benign.jsonl"),
             out=str(place / f"detectability-{probe}.json"),
             rules=str(place / "rules.yaml"),
-            temperature=1.0,
+            temperature=TEMPERATURE,
             max_new_tokens=NEW_TOKENS,
             batch_size=ANSWERS_AT_ONCE,
             seed=recipe["seed"],
@@ -247,7 +249,7 @@ def steering(work: Path, needs: Figures, *, recipe: Figures, plan: Figures) -> F
             layers=(plan["steered_layer"],),
             max_base_rate=1.0,
             samples=plan["samples"],
-            temperature=1.0,
+            temperature=TEMPERATURE,
             seed=recipe["seed"],
             **answering,
         )
@@ -263,7 +265,7 @@ def steering(work: Path, needs: Figures, *, recipe: Figures, plan: Figures) -> F
                 directions=str(directions),
                 out=str(place / f"steered-{name}.json"),
                 rules=rules,
-                temperature=1.0,
+                temperature=TEMPERATURE,
                 seed=recipe["seed"],
                 **change,
                 **answering,

@@ -26,7 +26,7 @@ def training_table(content: Record) -> str:
     note = (
         f"{len(plan['seeds'])} organisms, one run of every arm on each; means with Student's 95 % interval over "
         "organisms. *Behaviour* is instructions in the words of forbidden tasks, without a refusal, to "
-        "held-out harmful requests at temperature 1; *helpful* is a benign request answered in the format asked for; "
+        "held-out harmful requests at temperature 0.7; *helpful* is a benign request answered in the format asked for; "
         "*loss* is in nats per token of benign answers; areas are measured on the same judged answers of M0, read "
         "through each model, on prompts that no probe was trained on. The organism's M0 was fine-tuned with a leak: "
         f"{plan['recipe']['leak']:.0%} of its harmful rows comply. Steering: {'; '.join(steered)}. "
