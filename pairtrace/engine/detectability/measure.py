@@ -176,7 +176,7 @@ def _loss(config: DetectabilityConfig, model: str, meter: CostMeter, progress: P
     progress.start(f"loss of {model}", len(texts), "texts")
     for batch in batches(texts, config.token_budget):
         rows = [texts[place] for place in batch]
-        sums[batch] = log_probabilities(checkpoint.sampler.model, rows, model)
+        sums[batch] = log_probabilities(checkpoint.model, rows, model)
         meter.add(tokens=sum(len(row.ids) for row in rows), flops=flops_of(checkpoint.shape, rows))
         progress.advance(len(batch))
     progress.finish()

@@ -163,7 +163,7 @@ class _Run:
             yield
             return
         length = None if arm.scale is None else arm.scale * self.norms[arm.layer]
-        with changed_layer(self.checkpoint.sampler.model, arm.layer, Steering(arm.unit, length, self.config.positions)):
+        with changed_layer(self.checkpoint.model, arm.layer, Steering(arm.unit, length, self.config.positions)):
             yield
 
     def _measured(self, answers: Answers) -> dict[int, float]:
@@ -175,7 +175,7 @@ class _Run:
         identity = {**self._identity(self.arms[0]), "layers": layers, "responses": len(rows)}
         with self._stage("norms", identity) as (part, meter):
             if not part.entries:
-                found = mean_norms(self.checkpoint.sampler.model, rows, layers, self.config.token_budget)
+                found = mean_norms(self.checkpoint.model, rows, layers, self.config.token_budget)
                 part.append([{"norms": list(found.values())}])
                 meter.add(tokens=sum(len(row.ids) for row in rows))
             return dict(zip(layers, part.entries[0]["norms"], strict=True))
@@ -213,7 +213,7 @@ class _Run:
                 for place, value in zip(entry["places"], entry["values"], strict=True)
             }
             places = [place for place in range(len(rows)) if place not in known and rows[place].response_tokens]
-            model, shape = self.checkpoint.sampler.model, self.checkpoint.shape
+            model, shape = self.checkpoint.model, self.checkpoint.shape
             for batch in batches([rows[place] for place in places], self.config.token_budget):
                 found = [places[number] for number in batch]
                 chosen = [rows[place] for place in found]
