@@ -8,7 +8,7 @@ from speed_tables import Record, missed, table, where
 def organisms_table(content: Record) -> str:
     """Behaviours found without labels, and when a monitor saw them."""
     rows = []
-    for place, one in content["results"]["organisms"].items():
+    for place, one in sorted(content["results"]["organisms"].items()):
         found, watched = one["discovery"], one.get("watch")
         flagged = sum(cluster["flagged"] for cluster in found["clusters"])
         if watched is None:
@@ -38,10 +38,10 @@ def organisms_table(content: Record) -> str:
         for place, one in content["results"]["organisms"].items()
         if one["discovery"]["adjusted_rand_index"] is not None
     ]
+    rand = f"Adjusted Rand index of organisms with three behaviours: {', '.join(indices)}. " if indices else ""
     return (
         f"{table(head, rows)}\n\n"
         "No label goes into the clusters; behaviours are told from the models' answers afterwards, the ROC-AUC is that "
-        "of the planted pairs when all pairs are scored with the cluster's own direction. Adjusted Rand index of the "
-        f"organisms with three behaviours: {', '.join(indices)}. The monitor looks every "
+        f"of the planted pairs when all pairs are scored with the cluster's own direction. {rand}The monitor looks every "
         f"{content['workload']['monitor_steps']} steps. {where(content)}{missed(content)}"
     )
