@@ -42,6 +42,6 @@ def organisms_table(content: Record) -> str:
     return (
         f"{table(head, rows)}\n\n"
         "No label goes into the clusters; behaviours are told from the models' answers afterwards, the ROC-AUC is that "
-        f"of the planted pairs when all pairs are scored with the cluster's own direction. {rand}The monitor looks every "
-        f"{content['workload']['monitor_steps']} steps. {where(content)}{missed(content)}"
+        f"of the planted pairs when all pairs are scored with the cluster's own direction. {rand}The monitor looks "
+        f"every {content['workload']['monitor_steps']} steps. {where(content)}{missed(content)}"
     )
