@@ -59,7 +59,7 @@ bench-quick: venv
 	rm -rf build/bench-quick
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_attribution.py --quick --work build/bench-quick
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_cost.py --quick
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_probe_training.py --quick --work build/bench-quick
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_probe_training.py --quick --work build/bench-quick/probes
 	rm -rf build/bench-quick
 
 clean:
