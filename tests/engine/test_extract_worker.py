@@ -134,7 +134,7 @@ def test_the_thread_test_notices_a_missing_lock(config: ExtractConfig, monkeypat
     workspace = extract_worker._workspace_of(run, WORKER)
     workspace._model = workspace._loaded()
     monkeypatch.setattr(workspace, "_lock", Unlocked())
-    with suppress(ConfigError):  # two forwards at once get at each other's segments
+    with suppress(ConfigError, AssertionError):  # two forwards at once get at each other's segments
         run_in_threads(run, tasks)
     assert watch.most > 1
 

@@ -94,7 +94,14 @@ def test_real_stores(tmp_path: Path) -> None:
     assert PairIndex([]).find(a)[0].tolist() == [-1] * 10
 
 
-NEEDED_THE_SAME = ["model_fingerprint", "pooling", "dtype", "compute_dtype", "width"]  # and what went through float32
+NEEDED_THE_SAME = [
+    "backend",
+    "model_fingerprint",
+    "pooling",
+    "dtype",
+    "compute_dtype",
+    "width",
+]  # and what went through float32
 
 
 @pytest.mark.parametrize("field", sorted(OTHER))

@@ -82,7 +82,7 @@ def test_roles_and_layers(store: SidedStore, probe: str) -> None:
 def test_using_the_training_prompts_would_be_seen(
     store: SidedStore, probe: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(module, "_trained_on", lambda examples, digests: np.zeros(len(examples.labels), bool))
+    monkeypatch.setattr(module, "examples_trained_on", lambda examples, digests: np.zeros(len(examples.labels), bool))
     with pytest.raises(AssertionError):
         test_prompts_of_the_training_are_left_out(store, probe, tmp_path)
 
