@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -131,6 +132,14 @@ def run_tasks(tasks: Sequence[Task], work: Path, processes: int = 2) -> tuple[di
                 minutes = (time.perf_counter() - begun) / 60
                 say(f"{minutes:5.1f} min  {len(done)}/{len(tasks)}  {task.name}: {done[task.name]['seconds']:.0f} s")
     return done, [task.name for task in tasks if task.name in failed]
+
+
+def run_or_exit(tasks: Sequence[Task], work: Path, processes: int) -> dict[str, dict[str, Any]]:
+    """`run_tasks` for a benchmark that can say nothing unless all are done."""
+    done, failed = run_tasks(tasks, work, processes)
+    if failed:
+        sys.exit(f"{len(failed)} of {len(tasks)} tasks failed; run again to repeat them: {', '.join(failed)}")
+    return done
 
 
 @contextmanager

@@ -11,7 +11,6 @@ DPO, and is judged on held-out prompts; the edits, the training and the evaluati
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from attribution_arms import Arm, clear_scratch
 from attribution_report import claims_of, report
 from attribution_stages import place_of, take_over
 from attribution_tables import attribution_table
-from attribution_tasks import Task, run_tasks
+from attribution_tasks import Task, run_or_exit
 from harness import parser, record
 
 from pairtrace.engine.organism.config import OrganismConfig
@@ -213,10 +212,7 @@ def main() -> None:
     clear_scratch(work)
     if chosen.organisms is not None:
         take_over(chosen.organisms, work, plan.seeds)
-    tasks = tasks_of(plan)
-    done, failed = run_tasks(tasks, work, chosen.processes)
-    if failed:
-        sys.exit(f"{len(failed)} of {len(tasks)} tasks failed; run again to repeat them: {', '.join(failed)}")
+    done = run_or_exit(tasks_of(plan), work, chosen.processes)
     results = report(work, plan, done, chosen.processes)
     workload = {
         "seeds": plan.seeds,

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from attribution_stages import place_of, take_over
-from attribution_tasks import Task, run_tasks
+from attribution_tasks import Task, run_or_exit
 from bench_attribution import MINIATURE
 from harness import Claim, at_least, at_most, parser, record
 from organism_discovery import COMPLIANCE
@@ -170,10 +169,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     if chosen.organisms is not None:
         take_over(chosen.organisms, work, plan.seeds)
-    tasks = tasks_of(plan)
-    done, failed = run_tasks(tasks, work, chosen.processes)
-    if failed:
-        sys.exit(f"{len(failed)} of {len(tasks)} tasks failed; run again to repeat them: {', '.join(failed)}")
+    done = run_or_exit(tasks_of(plan), work, chosen.processes)
     results = report(plan, done)
     workload = {
         "seeds": plan.seeds,

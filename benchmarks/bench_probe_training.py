@@ -11,12 +11,11 @@ trains it against a probe (in TRL's SFT loss, or by preference pairs) or a contr
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from attribution_tasks import Task, run_tasks
+from attribution_tasks import Task, run_or_exit
 from harness import parser, record
 from probe_training_report import claims_of, report
 from probe_training_table import training_table
@@ -172,10 +171,7 @@ def main() -> None:
     plan = QUICK if chosen.quick else FULL
     work = chosen.work / ("quick" if chosen.quick else "full")
     work.mkdir(parents=True, exist_ok=True)
-    tasks = tasks_of(plan)
-    done, failed = run_tasks(tasks, work, chosen.processes)
-    if failed:
-        sys.exit(f"{len(failed)} of {len(tasks)} tasks failed; run again to repeat them: {', '.join(failed)}")
+    done = run_or_exit(tasks_of(plan), work, chosen.processes)
     results = report(plan.seeds, [arm.name for arm in plan.arms], done, chosen.processes)
     workload = {**asdict(plan), "processes": chosen.processes, "threads_per_process": 1}
     content = record("bench_probe_training", chosen, workload=workload, results=results, claims=claims_of(results))
