@@ -19,7 +19,7 @@ from pairtrace.engine.sampling import Request, Sampled, Sampler
 from pairtrace.engine.vllm.adapters import Adapter, find_adapter
 from pairtrace.engine.vllm.options import VLLMOptions
 from pairtrace.engine.vllm.sampler import VLLMSampler
-from pairtrace.errors import DataMismatchError
+from pairtrace.errors import ConfigError, DataMismatchError
 from tests.engine.evaluation.cases import settings
 from tests.engine.test_rollouts import PROMPTS
 from tests.models import HH
@@ -109,6 +109,30 @@ def test_greedy_tokens_are_those_of_transformers_with_and_without_an_adapter(
     assert all(answer == mixed[position] for position, answer in seen)
     assert first == again[::-1]
     assert len({answer.token_ids for answer in first}) > len(PROMPTS)
+
+
+def test_long_prompts_are_sampled_with_seeds_whatever_the_steps_and_the_cache_hold(base: Path) -> None:
+    """On a CPU the engine would die where a step computes a part of a seeded prompt, also of a preempted one."""
+    encoder = PromptEncoder.load(str(base))
+    rng = np.random.default_rng(0)
+    prompts = [tuple(rng.integers(5, 200, size=size).tolist()) for size in (150, 170, 190, 140, 160, 30, 180, 90)]
+    requests = [Request(name=str(i), prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
+    silent = replace(encoder, end_tokens=())
+
+    def sampled(cache_gib: float, **engine: Any) -> list[Sampled]:
+        sampler = VLLMSampler(silent, options=VLLMOptions(cache_gib=cache_gib, engine={"max_num_seqs": 8, **engine}))
+        try:
+            return sampler.sample(requests, temperature=0.9, max_new_tokens=60, batch_size=8)
+        finally:
+            sampler.close()
+
+    found = sampled(CACHE_GIB, max_num_batched_tokens=256)
+    # Room for three of the eight sequences; a token's keys and values in 4 blocks are 4 * 2 * 32 numbers of 4 bytes.
+    assert sampled(700 * 4 * 2 * 32 * 4 / 2**30) == found
+    with pytest.raises(ConfigError, match="enable_chunked_prefill"):
+        sampled(CACHE_GIB, enable_chunked_prefill=True)
+    with pytest.raises(ConfigError, match="a sequence of 250 tokens has to fit into one step"):
+        sampled(CACHE_GIB, max_num_batched_tokens=200)
 
 
 def test_where_bfloat16_rounds_two_tokens_to_a_tie_either_may_come(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from pairtrace.engine.vllm.options import VLLMOptions
 from pairtrace.errors import ConfigError
 
 PURPOSE = "sampling with --backend vllm"
+# Tokens of a forward pass on a CPU, unless a sequence is longer.
+_CPU_STEP = 4096
 
 
 class VLLMSampler:
@@ -152,6 +154,7 @@ class VLLMSampler:
             max_model_len=longest,
             options=self._options,
             skip_tokenizer_init=True,
+            **_whole_prompts(self._options, longest),
             **lora,
         )
         if self._device not in ("auto", engine.device):
@@ -159,6 +162,35 @@ class VLLMSampler:
             raise ConfigError(f"--device is {self._device!r}, but the installed vLLM runs on {engine.device!r}")
         self._engine, self._longest = engine, longest
         return engine
+
+
+def _whole_prompts(options: VLLMOptions, longest: int) -> dict[str, Any]:
+    """Settings that keep a prompt in one forward pass on a CPU.
+
+    Where a step computes a part of a prompt, vLLM 0.32 turns the random numbers of its request back by four, which a
+    CPU's generator cannot do: the engine dies. A preempted request counts as a prompt again, so `longest` has to fit.
+
+    Raises:
+        ConfigError: the user's options split prompts on a CPU.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.device_type != "cpu":
+        return {}
+    if options.engine.get("enable_chunked_prefill"):
+        raise ConfigError(
+            "--engine-option enable_chunked_prefill=true: on a CPU vLLM cannot split prompts while it samples with "
+            "seeds; leave the option out"
+        )
+    step = options.engine.get("max_num_batched_tokens", _CPU_STEP)
+    if step < longest:
+        if "max_num_batched_tokens" in options.engine:
+            raise ConfigError(
+                f"--engine-option max_num_batched_tokens={step}: on a CPU a sequence of {longest} tokens has to fit "
+                "into one step; give as many, or leave the option out"
+            )
+        step = longest
+    return {"enable_chunked_prefill": False, "max_num_batched_tokens": step}
 
 
 def _batches(requests: Sequence[Request], device: str) -> list[list[int]]:
