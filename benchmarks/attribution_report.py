@@ -29,6 +29,7 @@ BENIGN_CELLS = ("benign", "benign_format")
 RANKINGS = (
     ("pairtrace", "pairtrace", BEHAVIOR),
     ("pairtrace-bank", "pairtrace", f"{BEHAVIOR}-bank"),
+    ("probe", "probe", None),
     ("gradient-generated", "gradient-generated", None),
     ("gradient-clean", "gradient-clean", None),
     ("margin", "margin", None),
@@ -84,6 +85,8 @@ def cost_of(method: str, places: Sequence[str], done: Mapping[str, Results]) -> 
     for place in places:
         if method.startswith("pairtrace"):
             records = done[f"{place}/attribution"]["result"]["costs"]
+        elif method == "probe":
+            records = done[f"{place}/probe"]["result"]["costs"]
         elif method.startswith("gradient"):
             # The other target reuses the gradients of this one.
             records = done[f"{place}/gradient"]["result"]["gradient-generated"]

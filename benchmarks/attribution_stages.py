@@ -157,6 +157,28 @@ def rank(work: Path, place: str, name: str, directions: Path) -> Path:
     return out
 
 
+def probe(work: Path, needs: Figures, *, recipe: Figures) -> Figures:
+    """A probe of what M1 complied with against what it refused, read through M0, as a direction to score with."""
+    from pairtrace.engine.probes.config import ProbeTrainConfig
+    from pairtrace.engine.probes.train import train_probes
+
+    place = place_of(recipe)
+    directions = store_path(work, place).parent / "probe.safetensors"
+    trained = train_probes(
+        ProbeTrainConfig(
+            rollouts=str(rollouts_path(work, place)),
+            answers_of=("tuned",),
+            model=str(organism_folder(work, place) / "m0"),
+            layers=(organism_config(recipe).layers,),
+            out=str(directions),
+            device="cpu",
+        )
+    )
+    out = rank(work, place, "probe", directions)
+    areas = {one.name: one.figures.roc_auc.value for one in trained.probes}
+    return {"areas": areas, "costs": [*needs[f"{place}/attribution"]["costs"], *costs_of([directions, out])]}
+
+
 def simple_baselines(work: Path, needs: Figures, *, recipe: Figures) -> Figures:
     """Length and margin."""
     from pairtrace.engine.baselines.margin import MarginConfig, score_margin

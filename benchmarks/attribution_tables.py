@@ -8,6 +8,7 @@ from speed_tables import Record, missed, table, where
 _METHODS = {
     "pairtrace": "**pairtrace**, mean vector",
     "pairtrace-bank": "**pairtrace**, vector bank",
+    "probe": "**pairtrace**, probe of M1's answers",
     "gradient-generated": "gradient, target: the models' own text",
     "gradient-clean": "gradient, target: clean text",
     "margin": "implicit reward margin",
@@ -19,6 +20,7 @@ _ARMS = {
     "oracle": "oracle (the planted labels)",
     "pairtrace": "**pairtrace**",
     "pairtrace-bank": "pairtrace, vector bank",
+    "probe": "**pairtrace**, probe",
     "gradient-generated": "gradient, own text",
     "gradient-clean": "gradient, clean text",
     "margin": "margin",
@@ -57,9 +59,7 @@ def attribution_table(content: Record) -> str:
 
 
 def _minutes(time: Record) -> str:
-    """How long it took; records from before CPU time was kept have that of the clock alone."""
-    if "wall_minutes" not in time:
-        return f"{time['minutes']:.0f} minutes"
+    """How long it took."""
     return f"{time['minutes']:.0f} minutes of CPU time ({time['wall_minutes']:.0f} by the clock)"
 
 

@@ -53,9 +53,10 @@ CONTROL_ARMS = (
 )
 OTHER_ARMS = (
     Arm(method="gradient-clean", action="filter", seeds=1),
-    Arm(method="pairtrace", action="filter", size="k/2"),
+    Arm(method="pairtrace", action="filter", size="k/2", seeds=1),
     Arm(method="random", action="filter", size="k/2", seeds=1),
     Arm(method="gradient-clean", action="filter", size="k/2", seeds=1),
+    Arm(method="probe", action="filter", seeds=1),
     Arm(method="gradient-generated", action="filter", seeds=1),
     Arm(method="margin", action="filter", seeds=1),
     Arm(method="length", action="filter", seeds=1),
@@ -132,6 +133,7 @@ def tasks_of(plan: Plan) -> list[Task]:
         attributions += _attribution(recipe, {"recipe": recipe, **behavior}, (f"{place}/organism",), ["pairtrace"])
         for name, function, extra in (
             ("simple", "simple_baselines", {}),
+            ("probe", "probe", {}),
             ("gradient", "gradient", {"settings": plan.gradient, "max_base_rate": plan.max_base_rate}),
         ):
             attributions.append(
@@ -181,7 +183,8 @@ def _attribution(
 
 def _arms(arms: tuple[Arm, ...], recipe: dict[str, Any], dpo_seed: int, dpo_seeds: tuple[int, ...]) -> list[Task]:
     place, number = place_of(recipe), dpo_seeds.index(dpo_seed)
-    made_by = {"gradient-generated": "gradient", "gradient-clean": "gradient", "margin": "simple", "length": "simple"}
+    made_by = {"margin": "simple", "length": "simple", "probe": "probe"}
+    made_by |= dict.fromkeys(("gradient-generated", "gradient-clean"), "gradient")
     return [
         Task(
             name=f"{place}/arms/{arm.name}/{dpo_seed}",

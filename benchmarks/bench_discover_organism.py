@@ -47,7 +47,7 @@ class Plan:
     every: int
 
 
-FULL = Plan(seeds=(0, 1, 2, 3, 4), several_seeds=(0,), recipe={}, steps=20, every=2)
+FULL = Plan(seeds=(0, 1, 2, 3, 4), several_seeds=(0,), recipe={}, steps=10, every=2)
 QUICK = Plan(seeds=(0,), several_seeds=(), recipe=MINIATURE, steps=20, every=2)
 
 

@@ -5,7 +5,8 @@
 
 Stock: the whole checkpoint in vLLM with the approach of its example connector: the states of every token go to disk,
 and the client reads, averages and deletes them. The others are pairtrace's back end, whole and with parts switched off.
-On a CPU the clock is the processor time of all processes. Weights are random, the text is real.
+On a CPU every engine has one thread (several would wait for each other in a loop, and waiting counts) and the clock is
+the processor time of all processes. Weights are random, the text is real.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from pairtrace.engine.vllm.sampler import VLLMSampler
 
 OURS, STOCK = "pairtrace", "stock vLLM, every token's states to disk"
 UNCUT, UNCACHED = "pairtrace without truncation", "pairtrace without prefix cache"
+ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "0", "OMP_NUM_THREADS": "1"}
 # vLLM's kernels on CPUs want heads of 32 and more, which the smallest shape of bench_extract has not.
 SMALLEST = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
 
@@ -123,7 +125,7 @@ def compare_extraction(options: argparse.Namespace, dtype: str, model: Path, fol
         errors = {name: relative_error(one.run(pairs), wanted) for name, one in running.items()}
         timings = interleave(
             {name: lambda one=one: one.run(pairs) for name, one in running.items()},
-            2 if options.quick else 5,
+            2 if options.quick else 3,
             clock=processor_seconds if options.on_cpu else time.perf_counter,
             warm_up=0,
             before=lambda name: running[name].forget(),
@@ -192,13 +194,15 @@ def main(arguments: list[str] | None = None) -> None:
         chosen.shape, chosen.pairs, chosen.max_length, chosen.sequences, chosen.new_tokens = "olmo2-1m", 8, 256, 4, 8
         chosen.cache_gib = 0.25
     dtype = "float32" if chosen.on_cpu else "bfloat16"
+    if chosen.on_cpu:
+        torch.set_num_threads(1)
     with (
         workspace(chosen.dir, 4 << 30 if chosen.on_cpu else 60 << 30) as folder,
-        patch.dict("os.environ", {"PAIRTRACE_CACHE": str(folder / "cache")}),
+        patch.dict("os.environ", {"PAIRTRACE_CACHE": str(folder / "cache"), **(ONE_THREAD if chosen.on_cpu else {})}),
     ):
         model, pairs = make_checkpoint(chosen, dtype, folder)
-        extraction = compare_extraction(chosen, dtype, model, folder, pairs)
         rollouts = compare_rollouts(chosen, dtype, model)
+        extraction = compare_extraction(chosen, dtype, model, folder, pairs)
     report(chosen, dtype, pairs, extraction, rollouts)
 
 
@@ -235,6 +239,7 @@ def report(options: argparse.Namespace, dtype: str, pairs: Any, extraction: Any,
         "blocks": SHAPES[options.shape]["num_hidden_layers"],
         "dtype": dtype,
         "clock": "processor" if options.on_cpu else "wall",
+        "threads": 1 if options.on_cpu else None,
         "sequences": options.sequences,
         "new_tokens": options.new_tokens,
         "rollout_speed_up": ratio,
