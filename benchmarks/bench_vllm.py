@@ -43,6 +43,8 @@ from pairtrace.engine.vllm.sampler import VLLMSampler
 OURS, STOCK = "pairtrace", "stock vLLM, every token's states to disk"
 UNCUT, UNCACHED = "pairtrace without truncation", "pairtrace without prefix cache"
 ONE_THREAD = {"VLLM_CPU_OMP_THREADS_BIND": "0", "OMP_NUM_THREADS": "1"}
+# Longest prompt of a rollout.
+PROMPT_TOKENS = 100
 # vLLM's kernels on CPUs want heads of 32 and more, which the smallest shape of bench_extract has not.
 SMALLEST = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 2}
 
@@ -154,7 +156,11 @@ def compare_rollouts(options: argparse.Namespace, dtype: str, model: Path) -> di
     encoder = PromptEncoder.load(str(model))
     texts = [pair.prompt[-1]["content"] for path in data_files() for pair in first_pairs(path)]
     requests = [
-        Request(name=str(number), prompt=encoder.encode("p", [{"role": "user", "content": text}])[-400:], seed=number)
+        Request(
+            name=str(number),
+            prompt=encoder.encode("p", [{"role": "user", "content": text}])[-PROMPT_TOKENS:],
+            seed=number,
+        )
         for number, text in zip(range(options.sequences), texts * options.sequences, strict=False)
     ]
     # Nothing ends a response: both sides generate the same number of tokens.
@@ -162,16 +168,19 @@ def compare_rollouts(options: argparse.Namespace, dtype: str, model: Path) -> di
     hf = Sampler.load(silent, device="cpu" if options.on_cpu else "cuda", dtype=dtype)
     vllm = VLLMSampler(silent, dtype=dtype, options=VLLMOptions(cache_gib=options.cache_gib))
 
-    def run(sampler: Any) -> Callable[[], object]:
+    def run(sampler: Any, asked: list[Request] = requests) -> Callable[[], object]:
         return lambda: sampler.sample(
-            requests, temperature=0.7, max_new_tokens=options.new_tokens, batch_size=options.sequences
+            asked, temperature=0.7, max_new_tokens=options.new_tokens, batch_size=options.sequences
         )
 
     try:
+        for sampler in (hf, vllm):
+            run(sampler, [max(requests, key=lambda request: len(request.prompt))])()  # starts the engine
         return interleave(
             {"transformers": run(hf), "vLLM": run(vllm)},
-            1 if options.quick else 3,
+            1 if options.quick else 2 if options.on_cpu else 3,
             clock=processor_seconds if options.on_cpu else time.perf_counter,
+            warm_up=0,
         )
     finally:
         vllm.close()
@@ -241,6 +250,7 @@ def report(options: argparse.Namespace, dtype: str, pairs: Any, extraction: Any,
         "clock": "processor" if options.on_cpu else "wall",
         "threads": 1 if options.on_cpu else None,
         "sequences": options.sequences,
+        "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": options.new_tokens,
         "rollout_speed_up": ratio,
     }

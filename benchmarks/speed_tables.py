@@ -265,13 +265,15 @@ def vllm_table(content: Record) -> str:
         )
     made = table(("through vLLM", "useful tokens/s", "faster", "MB out", "worker's peak, MiB", "error"), rows)
     rates = {name: row["tokens_per_second"] for name, row in rollouts.items()}
-    clock = "processor time of all processes" if work["clock"] == "processor" else "wall time"
+    processor = f"processor time of all processes, {work['threads']} thread in each engine"
+    clock = processor if work["clock"] == "processor" else "wall time"
     return (
         f"{made}\n\n{work['pairs']} pairs of {' and '.join(work['data'])}, {work['shape']} shape with random weights, "
         f"layer {work['layer']} of {work['blocks']}, {work['dtype']}, {clock}; medians and ranges of interleaved runs. "
         "A useful token is one of a prompt, counted once, or of a response. MB out left the worker; the error is that "
         "of the float16 rows, against transformers. Of pairs with responses of 100 tokens and more, "
         f"{work['bytes_share_of_long_pairs']:.2%} of stock's bytes leave the worker. Rollouts of {work['sequences']} "
-        f"sequences of {work['new_tokens']} tokens: {rates['transformers']:,.0f} tokens/s with transformers, "
-        f"{rates['vLLM']:,.0f} with vLLM ({work['rollout_speed_up']:.2f}x). {where(content)}{missed(content)}"
+        f"sequences of {work['new_tokens']} tokens, prompts of up to {work['prompt_tokens']}: "
+        f"{rates['transformers']:,.0f} tokens/s with transformers, {rates['vLLM']:,.0f} with vLLM "
+        f"({work['rollout_speed_up']:.2f}x). {where(content)}{missed(content)}"
     )
