@@ -5,8 +5,8 @@
 
 Each seed has an organism with planted pairs and a clean twin, both from the same M0; two more have three behaviours,
 and clusters of a size of their own. The bag holds the organism's held-out prompts of all kinds. Clusters come from the
-activations alone; labels are looked at afterwards. Everything that is finished is kept below `--work`, so that a stopped
-run goes on.
+activations alone; labels are looked at afterwards. Everything that is finished is kept below `--work`, so that a
+stopped run goes on.
 """
 
 from __future__ import annotations
