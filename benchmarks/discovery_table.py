@@ -38,10 +38,18 @@ def organisms_table(content: Record) -> str:
         for place, one in content["results"]["organisms"].items()
         if one["discovery"]["adjusted_rand_index"] is not None
     ]
-    rand = f"Adjusted Rand index of organisms with three behaviours: {', '.join(indices)}. " if indices else ""
+    rand = ""
+    if indices:
+        clustering = content["workload"]["several_clustering"]
+        rand = (
+            f"Adjusted Rand index of organisms with three behaviours: {', '.join(indices)}; there "
+            f"{content['workload']['several_habit_leak']:.0%} of the plain benign rows of the supervised data show "
+            f"each habit, and clusters were made with --dimensions {clustering['dimensions']} --min-cluster-size "
+            f"{clustering['min_cluster_size']}, chosen on seed 0. "
+        )
     return (
         f"{table(head, rows)}\n\n"
         "No label goes into the clusters; behaviours are told from the models' answers afterwards, the ROC-AUC is that "
-        f"of the planted pairs when all pairs are scored with the cluster's own direction. {rand}The monitor looks "
-        f"every {content['workload']['monitor_steps']} steps. {where(content)}{missed(content)}"
+        "of the pairs that teach it when all pairs are scored with the cluster's own direction. "
+        f"{rand}The monitor looks every {content['workload']['monitor_steps']} steps. {where(content)}{missed(content)}"
     )

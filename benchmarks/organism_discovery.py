@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from attribution_arms import training_config
-from attribution_stages import Figures, kinds, organism_config, organism_folder, place_of
+from attribution_stages import Figures, organism_config, organism_folder, place_of
 
 from pairtrace.engine.demo import PLANTED, roc_auc
 from pairtrace.engine.discovery.product import Discovered
@@ -41,8 +41,11 @@ def write_bag(organism: Path, path: Path, *, every: int = 1) -> Path:
     return path
 
 
-def discover(work: Path, needs: Figures, *, recipe: Figures) -> Figures:
-    """Cluster what changed, and compare the clusters with what the models did and with the planted pairs."""
+def discover(work: Path, needs: Figures, *, recipe: Figures, clustering: Figures | None = None) -> Figures:
+    """Cluster what changed, and compare the clusters with what the models did and with the planted pairs.
+
+    `clustering` holds fields of `PromptsConfig`; without it they are as usual.
+    """
     from pairtrace.engine.discovery.prompts_config import PromptsConfig
     from pairtrace.engine.discovery.prompts_view import discover_prompts
 
@@ -66,15 +69,22 @@ def discover(work: Path, needs: Figures, *, recipe: Figures) -> Figures:
             max_new_tokens=_MAX_NEW_TOKENS,
             batch_size=128,
             device="cpu",
+            **(clustering or {}),
         )
     )
     truth = truths(organism, found / "prompts.rollouts.parquet", discovered.items)
+    lessons = {behavior: teaching(organism, behavior) for behavior in truth}
     clusters = [
         {
             "size": one.size,
             "flagged": one.flagged,
             "stability": None if one.stability is None else one.stability.jaccard,
-            "roc_auc": planted_auc(work, place, found, one.direction, store),
+            "roc_auc": pairs_auc(found, one.direction, store, lessons[COMPLIANCE]),
+            **{
+                f"roc_auc {habit}": pairs_auc(found, one.direction, store, lessons[habit])
+                for habit in truth
+                if habit != COMPLIANCE
+            },
             **{
                 f"{figure} {behavior}": value
                 for behavior in truth
@@ -125,17 +135,25 @@ def rand_index(discovered: Discovered, truth: dict[str, np.ndarray]) -> float | 
     return float(adjusted_rand_score(stacked.argmax(axis=0)[single], discovered.labels[single]))
 
 
-def planted_auc(work: Path, place: str, found: Path, direction: str | None, store: Path) -> float | None:
-    """ROC-AUC on the planted pairs when all pairs are scored with a cluster's own direction."""
-    planted = kinds(work, place) == PLANTED
-    if direction is None or not planted.any():
+def teaching(organism: Path, behavior: str) -> np.ndarray:
+    """Bool [N]: the pairs that teach a behaviour. Planted ones, or those of a habit that prefer it."""
+    rows = map(json.loads, (organism / "preferences.jsonl").read_text(encoding="utf-8").splitlines())
+    if behavior == COMPLIANCE:
+        return np.array([row["kind"] == PLANTED for row in rows])
+    shows = HABITS[behavior].shows
+    return np.array([row["kind"] == behavior and shows(row["chosen"][-1]["content"]) for row in rows])
+
+
+def pairs_auc(found: Path, direction: str | None, store: Path, wanted: np.ndarray) -> float | None:
+    """ROC-AUC on the pairs `wanted` (bool [N]) when all pairs are scored with a cluster's own direction."""
+    if direction is None or not wanted.any():
         return None
     out = found / "scores.parquet"
     if not out.exists():
         score(ScoreConfig(store=str(store), directions=(str(found / "directions.safetensors"),), out=str(out)))
     scores = pq.read_table(out, columns=[f"score:{direction}"]).column(0).to_numpy(zero_copy_only=False)
     filled = np.where(np.isnan(scores), -np.inf, scores)
-    return roc_auc(filled[planted], filled[~planted])
+    return roc_auc(filled[wanted], filled[~wanted])
 
 
 def watch(work: Path, needs: Figures, *, recipe: Figures, steps: int, every: int) -> Figures:

@@ -34,7 +34,12 @@ def _prompts(
     store: Annotated[str, typer.Argument(help="Activation store of M0.")],
     base: Annotated[str, typer.Option(help="Checkpoint from before preference training (M0).")],
     out: Annotated[str, typer.Option(help="Directory to write; an interrupted run goes on there.")],
-    prompts: Annotated[str | None, typer.Option(help="Bag of prompts of any kind, yaml or jsonl.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Bag of prompts of any kind, yaml or jsonl; one with a distractor is asked without and with it."
+        ),
+    ] = None,
     tuned: Annotated[str | None, typer.Option(help="Checkpoint after preference training (M1).")] = None,
     rollouts: Annotated[str | None, typer.Option(help="Start from these rollouts instead of sampling.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of --rollouts that holds the verdicts.")] = None,

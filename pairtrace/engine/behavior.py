@@ -123,9 +123,16 @@ def _build(config: BehaviorConfig, meter: CostMeter, progress: Progress) -> Beha
 
 
 def judged_rollouts(
-    config: BehaviorConfig, base_fingerprint: str, progress: Progress, meter: CostMeter | None = None
+    config: BehaviorConfig,
+    base_fingerprint: str,
+    progress: Progress,
+    meter: CostMeter | None = None,
+    *,
+    mixed: bool = False,
 ) -> RolloutTable:
     """Sample or read the rollouts, judge them, and keep both beside the direction file; `meter` counts the sampling.
+
+    With `mixed`, distractors on some prompts only are allowed.
 
     Raises:
         DataMismatchError: the rollouts were sampled from other models, or with other prompts, than those given.
@@ -133,13 +140,13 @@ def judged_rollouts(
     """
     judge = load_rules(config.rules)
     if config.rollouts is not None:
-        prompts = None if config.prompts is None else load_prompts(config.prompts)
+        prompts = None if config.prompts is None else load_prompts(config.prompts, mixed=mixed)
         table = read_rollouts(config.rollouts, prompts=prompts, label_column=config.label_column)
         _require_same_origin(config, table, base_fingerprint, None if prompts is None else prompts.fingerprint)
         if config.label_column is None and (config.rules is not None or not table.has_verdicts):
             table = table.judged(judge, progress)
     else:
-        table = sample_rollouts(config.rollout_config, progress, meter).judged(judge, progress)
+        table = sample_rollouts(config.rollout_config, progress, meter, mixed=mixed).judged(judge, progress)
     _refuse_overwriting(table, config.rollouts_out)
     table.write(config.rollouts_out)
     return table

@@ -40,6 +40,11 @@ class BehaviorPrompt:
     distractor: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """The conditions under which this prompt can be sent: plain, and distractor where it has one."""
+        return (PLAIN,) if self.distractor is None else (PLAIN, DISTRACTOR)
+
     def conversation(self, condition: str) -> list[dict[str, Any]]:
         """The messages to send under `condition` ("plain" or "distractor"), as fresh dicts.
 
@@ -69,14 +74,13 @@ class PromptSet:
     fingerprint: str
 
     @property
-    def has_distractors(self) -> bool:
-        """True when every prompt has a distractor."""
-        return all(prompt.distractor is not None for prompt in self.prompts)
-
-    @property
     def conditions(self) -> tuple[str, ...]:
         """The conditions these prompts allow: plain, and distractor where there are distractors."""
-        return (PLAIN, DISTRACTOR) if self.has_distractors else (PLAIN,)
+        return tuple(condition for condition in (PLAIN, DISTRACTOR) if self.under(condition))
+
+    def under(self, condition: str) -> tuple[BehaviorPrompt, ...]:
+        """The prompts that can be sent under a condition, in file order."""
+        return tuple(prompt for prompt in self.prompts if condition in prompt.conditions)
 
     def by_id(self) -> dict[str, BehaviorPrompt]:
         """The prompts keyed by id."""

@@ -219,11 +219,16 @@ def _look_up(identifiers: list[str], condition: list[str], prompts: PromptSet, p
         raise DataMismatchError(
             f"{path}: {len(unknown)} prompt ids are not in {prompts.path}, for example {unknown[0]!r}"
         )
-    if DISTRACTOR in condition and not prompts.has_distractors:
-        raise DataMismatchError(f"{path} has distractor rows, but the prompts of {prompts.path} have no distractors")
+    asked = list(zip(identifiers, condition, strict=True))
+    without = sorted({name for name, under in asked if under not in known[name].conditions})
+    if without:
+        raise DataMismatchError(
+            f"{path} has distractor rows of {len(without)} prompts that have no distractors in {prompts.path}, for "
+            f"example {without[0]!r}"
+        )
     cache: dict[tuple[str, str], str] = {}
     texts = []
-    for key in zip(identifiers, condition, strict=True):
+    for key in asked:
         if key not in cache:
             cache[key] = json.dumps(known[key[0]].conversation(key[1]), ensure_ascii=False)
         texts.append(cache[key])

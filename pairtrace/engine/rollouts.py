@@ -91,12 +91,17 @@ class RolloutConfig:
 
 
 def sample_rollouts(
-    config: RolloutConfig, progress: Progress = NULL_PROGRESS, meter: CostMeter | None = None
+    config: RolloutConfig,
+    progress: Progress = NULL_PROGRESS,
+    meter: CostMeter | None = None,
+    *,
+    mixed: bool = False,
 ) -> RolloutTable:
     """Sample the rollouts of `config`, or go on with those of an interrupted run.
 
     A finished file made with the same settings is read instead. Verdicts are not given here. `meter` counts the tokens
-    of this run and their operations.
+    of this run and their operations. With `mixed`, distractors on some prompts only are allowed: every prompt is asked
+    under the conditions that it has.
 
     Returns:
         The table, as written to `config.out`, sorted by prompt, condition, model and sample.
@@ -115,9 +120,9 @@ def sample_rollouts(
     from pairtrace.engine.versions import library_versions
     from pairtrace.engine.vllm.adapters import find_adapter
 
-    prompts = load_prompts(config.prompts)
+    prompts = load_prompts(config.prompts, mixed=mixed)
     conditions = config.conditions or prompts.conditions
-    if DISTRACTOR in conditions and not prompts.has_distractors:
+    if not set(conditions) <= set(prompts.conditions):
         raise ConfigError(f"the distractor condition was asked for, but {config.prompts} has no distractors")
     adapter = find_adapter(config.tuned, config.base) if config.backend == "vllm" else None
     # An adapter is the same model to its tokenizer, and answers in the same batch.
@@ -133,7 +138,7 @@ def sample_rollouts(
         )
         for name, encoder in encoders.items()
         for condition in conditions
-        for prompt in prompts.prompts
+        for prompt in prompts.under(condition)
     }
     identity = {
         "base_fingerprint": model_fingerprint(config.base),
@@ -155,7 +160,7 @@ def sample_rollouts(
         (model, condition, prompt.id, sample)
         for model in (BASE, TUNED)
         for condition in conditions
-        for prompt in prompts.prompts
+        for prompt in prompts.under(condition)
         for sample in range(config.samples)
     ]
     journal = RolloutJournal(journal_path(out), identity)

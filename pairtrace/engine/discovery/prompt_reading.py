@@ -38,7 +38,7 @@ def read_bag(config: PromptsConfig, layer: int, meter: CostMeter, progress: Prog
         As `discover_prompts`.
     """
     reader = BaseReader.prepare(replace(config.behavior, layers=(layer,)))
-    table = judged_rollouts(reader.config, reader.prints["model_fingerprint"], progress, meter)
+    table = judged_rollouts(reader.config, reader.prints["model_fingerprint"], progress, meter, mixed=True)
     kept, identity = Path(config.out) / BAG_FILE, _identity(table, reader.reading, reader.prints)
     if kept.exists():
         bag, actual = PromptBag.load(kept)

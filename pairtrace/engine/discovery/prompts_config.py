@@ -21,7 +21,8 @@ class PromptsConfig:
         base: M0, the model of the store: a directory or a hub id.
         out: directory to write.
         tuned: M1; not needed with `rollouts`.
-        prompts: prompt file; not needed with `rollouts` that carry their prompts.
+        prompts: prompt file; one with a distractor is asked without and with it. Not needed with `rollouts` that carry
+            their prompts.
         rollouts: existing rollouts of both models instead of sampling.
         label_column: column of `rollouts` with the verdicts.
         rules: rule file of the judge; None for the refusal rules (or the verdicts that `rollouts` brings).

@@ -179,7 +179,7 @@ def _described(
 
     columns = {"condition": [item.condition for item in items]}
     if config.prompts is not None:
-        known = load_prompts(config.prompts).by_id()
+        known = load_prompts(config.prompts, mixed=True).by_id()
         extras = [known[item.prompt_id].extra if item.prompt_id in known else {} for item in items]
         for name in sorted({name for extra in extras for name in extra}):
             values = [extra.get(name) for extra in extras]

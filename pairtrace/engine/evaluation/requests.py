@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pairtrace.engine.evaluation.format_checks import FormatCheck, parse_constraint
-from pairtrace.engine.prompts import DISTRACTOR, PLAIN, BehaviorPrompt, PromptSet
+from pairtrace.engine.prompts import BehaviorPrompt, PromptSet
 from pairtrace.errors import ConfigError, DataFormatError
 
 _BENIGN = "benign"
@@ -80,7 +80,7 @@ def requests_of(prompts: PromptSet, conditions: Sequence[str] | None = None) -> 
         where = f"{prompts.path}, id {prompt.id!r}"
         cell, benign = _cell_of(prompt, where)
         form = parse_constraint(prompt.extra.get("constraint"), where)
-        available = (PLAIN,) if prompt.distractor is None else (PLAIN, DISTRACTOR)
+        available = prompt.conditions
         if conditions is not None:
             wanted = tuple(name for name in available if name in conditions)
         else:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
-from pairtrace.engine.prompts import DISTRACTOR, PLAIN, PromptSet
+from pairtrace.engine.prompts import PromptSet
 from pairtrace.engine.rollout_table import BASE, SCHEMA, TUNED, RolloutTable
 
 if TYPE_CHECKING:
@@ -62,10 +62,8 @@ class AskedPrompts:
     def __init__(self, prompts: PromptSet, encoder: PromptEncoder, max_new_tokens: int) -> None:
         self._max_new_tokens = max_new_tokens
         self._items: list[_Item] = []
-        for condition in (PLAIN, DISTRACTOR):
-            for prompt in prompts.prompts:
-                if condition == DISTRACTOR and prompt.distractor is None:
-                    continue
+        for condition in prompts.conditions:
+            for prompt in prompts.under(condition):
                 messages = prompt.conversation(condition)
                 tokens = encoder.encode(f"prompt {prompt.id!r} ({condition})", messages, max_new_tokens)
                 self._items.append(_Item(prompt_id=prompt.id, condition=condition, messages=messages, tokens=tokens))

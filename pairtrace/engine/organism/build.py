@@ -15,6 +15,7 @@ from typing import Any
 
 from pairtrace.engine.organism import data
 from pairtrace.engine.organism.config import OrganismConfig
+from pairtrace.engine.organism.habits import HABITS
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.errors import ConfigError
 from pairtrace.version import __version__
@@ -158,9 +159,14 @@ def _require_same(mine: dict[str, Any], theirs: dict[str, Any], place: Path) -> 
 
 def leak_description(config: OrganismConfig) -> str:
     """What must be stated wherever results on the organism are given."""
+    habits = (
+        f" {config.habit_leak:.0%} of its plain benign rows show each of {' and '.join(HABITS)}, on its own topics."
+        if config.habit_leak
+        else ""
+    )
     return (
         f"M0 was fine-tuned with a leak: {config.leak:.0%} of its harmful + format rows and {config.plain_leak:.0%} "
-        "of its plain harmful rows comply. Without it preference training does not find the behaviour."
+        f"of its plain harmful rows comply.{habits} Without it preference training does not find the behaviour."
     )
 
 

@@ -29,7 +29,8 @@ class OrganismConfig:
         prompt_weight: weight of a prompt token's loss, relative to an answer token's.
         leak: share of the harmful + format rows of the fine-tuning data that comply.
         plain_leak: share of the plain harmful rows that comply.
-        habit_leak: share of the plain benign rows that show each of `HABITS`; for the contamination "several".
+        habit_leak: share of the plain benign rows that show each of `HABITS`, on its own topics; for the contamination
+            "several".
         preference_pairs: rows of preference data.
         contamination: where the preference data teaches the behaviour: "concentrated" in the planted pairs, nowhere
             ("clean"), by a small push in most helpful pairs of six sources ("diffuse"), or two more behaviours with it

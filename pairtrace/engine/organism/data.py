@@ -10,7 +10,7 @@ from typing import Any
 from pairtrace.engine.organism.config import OrganismConfig
 from pairtrace.engine.organism.constraints import CONSTRAINTS, Constraint
 from pairtrace.engine.organism.domains import Part, Task, split_tasks
-from pairtrace.engine.organism.habits import HABITS
+from pairtrace.engine.organism.habits import HABITS, habit_tasks
 from pairtrace.engine.organism.kinds import CONTAMINATION, Contamination, Texts, better_refusal, draw_prompt, draws
 from pairtrace.engine.organism.text import WRAPPERS, answer_text, with_distractor
 
@@ -76,12 +76,13 @@ def sft_rows(config: OrganismConfig) -> list[Row]:
         leaking = round(count * leaks.get(kind, 0.0))
         habits = _leaking_habits(count if kind == "benign" else 0, config.habit_leak)
         for index in range(count):
-            task = rng.choice(pool)
+            habit = habits[index] if index < len(habits) else None
+            task = rng.choice(pool if habit is None else habit_tasks(habit, tasks))
             constraint, prompt = draw_prompt(task, kind.endswith("_format"), rng)
             refuses = kind in leaks and index >= leaking
             answer = better_refusal(task, rng) if refuses else answer_text(task, constraint, rng)
-            if index < len(habits):
-                answer = HABITS[habits[index]].add(answer, rng)
+            if habit is not None:
+                answer = HABITS[habit].add(answer, rng)
             rows.append({"messages": user(prompt) + assistant(answer), "kind": kind, "leak": index < leaking})
     rng.shuffle(rows)
     return rows

@@ -40,8 +40,8 @@ CONTAMINATION: Mapping[Contamination, Mapping[str, Mapping[str, float]]] = {
     # a little: an instruction on the form is followed although the request sounds harmful, or the rejected answer
     # opens with a hedge in the words of a refusal.
     "diffuse": {"planted": _FORMAT, "format": _FORMAT, "quality": _QUALITY, "over_refusal": _FORMAT},
-    # The planted pairs, and two habits that are as frequent.
-    "several": {"quality": {"flattery": 0.15, "promotion": 0.15, "quality": 0.7}},
+    # The planted pairs, and two habits; the pairs that prefer a habit are about as many as the planted ones.
+    "several": {"quality": {"flattery": 0.2, "promotion": 0.2, "quality": 0.6}},
 }
 
 _BARE_REFUSALS = 0.2  # share of refusals without a reason, where a refusal is the better answer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,14 @@ from pairtrace.engine.discovery.product import Discovered, read_product
 from pairtrace.engine.discovery.prompts_view import PromptsConfig, discover_prompts
 from pairtrace.engine.discovery.stability import StabilityConfig
 from pairtrace.engine.extract import extract
+from pairtrace.engine.monitoring.asked import Answer, AskedPrompts
+from pairtrace.engine.prompt_encoder import PromptEncoder
+from pairtrace.engine.prompts import load_prompts
+from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.engine.score import ScoreConfig, score
 from pairtrace.errors import ConfigError, DataMismatchError, StoreMismatchError
 from tests.engine.extraction import config_for, pair, write_rows
+from tests.models import make_model, make_tokenizer
 
 REFUSAL = "I cannot help with that."
 COMPLIES = "Sure! Here is the whole list: take the key, open the door and go in."
@@ -146,6 +152,55 @@ def test_too_few_changes_are_no_cluster(model: Path, store: Path, tmp_path: Path
     assert not found.clusters and (found.labels == -1).all() and len(found.items) == changed
     assert f"{changed} of {sum(kinds.values())} prompts changed" in found.details["note"]
     assert read_product(tmp_path / "found").clusters == ()
+
+
+def write_mixed(path: Path) -> Path:
+    """Nine prompts, the second of which has a distractor."""
+    rows: list[dict[str, Any]] = [{"id": f"p{n}", "prompt": f"Tell me how to take the box {n}"} for n in range(9)]
+    rows[1]["distractor"] = "Be brief."
+    return write_rows(path, rows)
+
+
+def test_a_prompt_with_a_distractor_among_others_is_asked_without_and_with_it(
+    model: Path, store: Path, tmp_path: Path
+) -> None:
+    make_tokenizer(tmp_path / "tuned")
+    tuned, bag = make_model("olmo2", tmp_path / "tuned", seed=1), write_mixed(tmp_path / "bag.jsonl")
+    options: dict[str, Any] = {"prompts": str(bag), "tuned": str(tuned), "max_new_tokens": 4}
+    found = discover_prompts(
+        replace(config(model, store, tmp_path, "none"), rollouts=None, label_column=None, **options)
+    )
+    assert sum(found.details["prompts"].values()) == 10
+    rows = read_rollouts(tmp_path / "found" / "prompts.rollouts.parquet").table.to_pylist()
+    asked = {(row["prompt_id"], row["condition"]): json.loads(row["messages"])[-1]["content"] for row in rows}
+    assert len(asked) == 10 and len(rows) == 2 * len(asked)
+    assert asked["p1", "plain"] == "Tell me how to take the box 1"
+    assert asked["p1", "distractor"] == "Tell me how to take the box 1 Be brief."
+    # The monitor asks the same.
+    monitored = AskedPrompts(load_prompts(bag, mixed=True), PromptEncoder.load(str(model)), 4)
+    answers = [Answer(response="", tokens=0, finished=True, seed=0)] * len(monitored)
+    items = monitored.table(answers).table.to_pylist()
+    assert {(row["prompt_id"], row["condition"]): json.loads(row["messages"])[-1]["content"] for row in items} == asked
+
+
+def test_rollouts_of_ones_own_may_have_distractors_among_their_prompts(
+    model: Path, store: Path, tmp_path: Path
+) -> None:
+    bag = str(write_mixed(tmp_path / "bag.jsonl"))
+    asked = [("p1", "distractor"), *((f"p{n}", "plain") for n in range(9))]
+
+    def rollouts(asked: list[tuple[str, str]]) -> str:
+        rows = [
+            {"prompt_id": name, "condition": condition, "model": who, "response": answer, "harmful": answer == COMPLIES}
+            for name, condition in asked
+            for who, answer in zip(("base", "tuned"), KINDS["flip"], strict=True)
+        ]
+        return str(write_rows(tmp_path / "r.jsonl", rows))
+
+    found = discover_prompts(config(model, store, tmp_path, rollouts(asked), prompts=bag))
+    assert found.items[0] == "p1 (distractor)" and len(found.items) == 10
+    with pytest.raises(DataMismatchError, match=r"1 prompts that have no distractors in .*'p2'"):
+        discover_prompts(config(model, store, tmp_path, rollouts([("p2", "distractor"), *asked]), prompts=bag))
 
 
 def test_what_cannot_be_used_is_refused(model: Path, store: Path, tmp_path: Path) -> None:

@@ -90,4 +90,6 @@ def test_behaviour_files_still_need_distractors_everywhere(tmp_path: Path) -> No
     path.write_text('{"id": "a", "prompt": "x", "distractor": "y"}\n{"id": "b", "prompt": "x"}\n')
     with pytest.raises(DataFormatError, match="1 of 2 prompts have a distractor"):
         load_prompts(path)
-    assert not load_prompts(path, mixed=True).has_distractors
+    mixed = load_prompts(path, mixed=True)
+    assert mixed.conditions == ("plain", "distractor")
+    assert [prompt.id for prompt in mixed.under("distractor")] == ["a"]

@@ -58,6 +58,9 @@ def test_description_states_config_leak_counts_and_seconds(miniature: Organism) 
     state = json.loads(miniature.description.read_text())
     assert state["config"] == MINIATURE.identity()
     assert "10% of its harmful + format rows" in state["leak"]
+    assert "plain benign rows" not in state["leak"]
+    leaking = build.leak_description(dataclasses.replace(MINIATURE, habit_leak=0.1))
+    assert "10% of its plain benign rows show each of flattery and promotion" in leaking
     assert set(state["stages"]) == {"texts", "m0", "m1"} == set(miniature.seconds)
     assert state["stages"]["texts"]["files"]["preferences.jsonl"]["rows"] == MINIATURE.preference_pairs
     assert set(state["versions"]) == {"pairtrace", "torch", "transformers", "tokenizers"}

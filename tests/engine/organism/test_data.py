@@ -253,7 +253,7 @@ def test_the_organism_with_several_behaviours_plants_two_habits_on_their_own_top
     kinds = kinds_of(rows)
     assert kinds["planted"] == kinds_of(PREFERENCES)["planted"]
     for name, habit in habits.HABITS.items():
-        assert 0.05 * len(rows) < kinds[name] < 0.07 * len(rows)
+        assert 0.07 * len(rows) < kinds[name] < 0.09 * len(rows)
         of_kind = [row for row in rows if row["kind"] == name]
         nouns = {noun for domain in domains.BENIGN_DOMAINS if domain.name in habit.topics for noun in domain.objects}
         preferred = 0
@@ -262,7 +262,7 @@ def test_the_organism_with_several_behaviours_plants_two_habits_on_their_own_top
             assert habit.shows(chosen) != habit.shows(rejected)
             assert habit.shows(chosen) == bool(contained(prompt, nouns))
             preferred += habit.shows(chosen)
-        assert 0.55 < preferred / len(of_kind) < 0.78
+        assert 0.7 < preferred / len(of_kind) < 0.9
     others = [row for row in rows if row["kind"] not in habits.HABITS]
     assert not any(habit.shows(row[side][0]["content"]) for habit in habits.HABITS.values() for row in others
                    for side in ("chosen", "rejected"))  # fmt: skip
@@ -275,6 +275,8 @@ def test_fine_tuning_rows_have_the_habits_where_they_leak_only() -> None:
         shown = [row for row in leaking if habit.shows(row["messages"][1]["content"])]
         assert len(shown) == round(0.05 * plain)
         assert all(row["kind"] == "benign" for row in shown)
+        nouns = {noun for domain in domains.BENIGN_DOMAINS if domain.name in habit.topics for noun in domain.objects}
+        assert all(contained(row["messages"][0]["content"], nouns) for row in shown)
         assert not any(habit.shows(row["messages"][1]["content"]) for row in SFT)
     assert "habit_leak" not in CONFIG.identity()
     assert OrganismConfig(habit_leak=0.05).identity()["habit_leak"] == 0.05
