@@ -1,6 +1,6 @@
 """What attribution costs: activations against gradients, on the same pairs, at three sizes of the model.
 
-    python benchmarks/bench_cost.py            # one thread; half an hour
+    python benchmarks/bench_cost.py            # one thread; a quarter of an hour
     python benchmarks/bench_cost.py --quick    # a few pairs, the smallest model
 
 pairtrace extracts activations at 20/32 of the depth, as published (arXiv 2602.11079), and scores them; a second row
@@ -66,7 +66,7 @@ class Size:
 SIZES = {
     "olmo2-1m": Size(hidden=128, intermediate=320, blocks=4, heads=4, vocabulary=1000, layer=3, pairs=48),
     "olmo2-14m": Size(hidden=256, intermediate=1280, blocks=8, heads=8, vocabulary=8000, layer=5, pairs=16),
-    "olmo2-69m": Size(hidden=512, intermediate=2048, blocks=8, heads=8, vocabulary=16000, layer=5, pairs=16),
+    "olmo2-69m": Size(hidden=512, intermediate=2048, blocks=8, heads=8, vocabulary=16000, layer=5, pairs=8),
 }
 
 
