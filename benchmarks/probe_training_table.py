@@ -16,12 +16,13 @@ def training_table(content: Record) -> str:
     rows = [["before", *_cells(results["before"])]]
     rows += [[_title(name), *_cells(arm["figures"])] for name, arm in results["arms"].items()]
     steered = []
-    for model, what in (("m0", "added to M0"), ("m1", "projected out of M1")):
+    for model, what in (("m0", "added to M0"), ("m1", "projected out of all layers of M1")):
         for arm in results["steering"][model]:
             if arm["difference"] is not None:
-                vector = "a random vector" if arm["control"] else "the behaviour's vector"
+                vector = "random vectors" if arm["control"] else "the behaviour's vector"
                 scale = "" if arm["scale"] is None else f" (scale {arm['scale']})"
-                steered.append(f"{vector} {what}{scale} {_text(arm['difference'], 100, '+.0f')} points")
+                single = f", a single one up to {100 * arm['farthest']:+.0f}" if arm["control"] else ""
+                steered.append(f"{vector} {what}{scale} {_text(arm['difference'], 100, '+.0f')} points{single}")
     plan = content["workload"]
     note = (
         f"{len(plan['seeds'])} organisms, one run of every arm on each; means with Student's 95 % interval over "
