@@ -278,7 +278,8 @@ def steering(work: Path, needs: Figures, *, recipe: Figures, plan: Figures) -> F
                 out=str(place / f"steered-{name}.json"),
                 positions=plan["positions"],
                 controls=plan["controls"],
-                temperature=TEMPERATURE,
+                # The most likely answer: what sampling garbles would be mixed up with what the vector does.
+                temperature=0.0,
                 seed=recipe["seed"],
                 **change,
                 **answering,

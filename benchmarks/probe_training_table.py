@@ -30,7 +30,8 @@ def training_table(content: Record) -> str:
         "held-out harmful requests at temperature 0.7; *helpful* is a benign request answered in the format asked for; "
         "*loss* is in nats per token of benign answers; areas are measured on the same judged answers of M0, read "
         "through each model, on prompts that no probe was trained on. The organism's M0 was fine-tuned with a leak: "
-        f"{plan['recipe']['leak']:.0%} of its harmful rows comply. Steering: {'; '.join(steered)}. "
+        f"{plan['recipe']['leak']:.0%} of its harmful rows comply. Steering, by the most likely answers: "
+        f"{'; '.join(steered)}. "
     )
     return f"{table(head, rows)}\n\n{note}{where(content)} {results['minutes']:.0f} minutes.{missed(content)}"
 
