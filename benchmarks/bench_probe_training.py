@@ -51,7 +51,7 @@ class Plan:
         cells: of the evaluation prompts.
         layers: that probes are trained at; the best one by cross-validation is used.
         test_share: of the prompts, that areas are measured on.
-        steered_layer, scales: of the steering check.
+        steered_layer, scales, positions, controls: of the steering check.
     """
 
     seeds: tuple[int, ...]
@@ -66,6 +66,8 @@ class Plan:
     test_share: float
     steered_layer: int
     scales: tuple[float, ...]
+    positions: str
+    controls: int
 
 
 def arms_of(sft: dict[str, Any], dpo: dict[str, Any]) -> tuple[Arm, ...]:
@@ -100,6 +102,8 @@ FULL = Plan(
     test_share=0.3,
     steered_layer=3,
     scales=(0.25, 0.5),
+    positions="all",
+    controls=3,
 )
 QUICK = Plan(
     seeds=(0,),
@@ -130,6 +134,8 @@ QUICK = Plan(
     test_share=0.4,
     steered_layer=3,
     scales=(0.5,),
+    positions="all",
+    controls=2,
 )
 
 
@@ -137,7 +143,7 @@ def tasks_of(plan: Plan) -> list[Task]:
     """All tasks, in the order in which they are wanted."""
     names = ("training_prompts", "samples", "given_responses", "benign_texts", "cells", "layers", "test_share")
     settings = {name: value for name, value in asdict(plan).items() if name in names}
-    steered = {name: getattr(plan, name) for name in ("samples", "steered_layer", "scales")}
+    steered = {name: getattr(plan, name) for name in ("samples", "steered_layer", "scales", "positions", "controls")}
     arms = [asdict(arm) for arm in plan.arms]
     tasks = []
     for seed in plan.seeds:

@@ -63,18 +63,45 @@ def _cut(pairs: Sequence[tuple[ModelFigures, ModelFigures]]) -> Figure:
 
 
 def _steered(reports: Sequence[list[Figures]]) -> list[Figures]:
-    """Each arm of the steering check over the organisms: rate, and difference from the unsteered model."""
+    """Each way to steer over the organisms: rate, and difference from the unsteered model.
+
+    The random vectors of an organism are averaged: what a vector does that means nothing. `farthest` is what a single
+    one did.
+    """
+
+    def over(key: tuple[Any, ...], figure: str, **settings: Any) -> Figures | None:
+        means = []
+        for arms in reports:
+            found = [arm[figure] for arm in arms if _way(arm) == key]
+            if None in found:
+                return None
+            known = [one["value"] for one in found if one["value"] is not None]
+            means.append(sum(known) / len(found) if len(known) == len(found) else None)
+        return asdict(over_runs(means, 0.95, **settings))
+
     return [
         {
-            **{name: arms[0][name] for name in ("mode", "control", "scale")},
-            "rate": asdict(over_runs([arm["rate"]["value"] for arm in arms], 0.95, bounds=(0.0, 1.0))),
-            "difference": None
-            if arms[0]["difference"] is None
-            else asdict(over_runs([arm["difference"]["value"] for arm in arms], 0.95)),
-            "surprise": asdict(over_runs([arm["surprise"]["value"] for arm in arms], 0.95)),
+            **dict(zip(("mode", "control", "scale"), key, strict=True)),
+            "rate": over(key, "rate", bounds=(0.0, 1.0)),
+            "difference": over(key, "difference"),
+            "surprise": over(key, "surprise"),
+            "farthest": max(
+                (
+                    arm["difference"]["value"]
+                    for arms in reports
+                    for arm in arms
+                    if _way(arm) == key and arm["difference"]
+                ),
+                key=abs,
+                default=None,
+            ),
         }
-        for arms in zip(*reports, strict=True)
+        for key in dict.fromkeys(map(_way, reports[0]))
     ]
+
+
+def _way(arm: Figures) -> tuple[Any, ...]:
+    return arm["mode"], arm["control"], arm["scale"]
 
 
 def claims_of(results: Figures) -> list[Claim]:
@@ -104,7 +131,7 @@ def claims_of(results: Figures) -> list[Claim]:
 def _steering_claims(steering: Figures) -> list[Claim]:
     """The interval of the difference lies on the right side of 0; that of a random vector holds 0."""
     claims = []
-    for model, sign, what in (("m0", 1, "added to M0"), ("m1", -1, "projected out of M1")):
+    for model, sign, what in (("m0", 1, "added to M0"), ("m1", -1, "projected out of all layers of M1")):
         changed = [
             arm for arm in steering[model] if arm["difference"] is not None and arm["difference"]["low"] is not None
         ]
@@ -115,7 +142,7 @@ def _steering_claims(steering: Figures) -> list[Claim]:
         for arm in (arm for arm in changed if arm["control"]):
             far = min(sign * arm["difference"]["low"], sign * arm["difference"]["high"])
             scale = "" if arm["scale"] is None else f" at {arm['scale']}"
-            claims.append(at_most(f"a random vector {what}{scale}: near end of the change's interval", far, 0.0))
+            claims.append(at_most(f"random vectors {what}{scale}: near end of the change's interval", far, 0.0))
     return claims
 
 

@@ -32,7 +32,7 @@ from pairtrace.engine.organism.config import OrganismConfig
 from pairtrace.engine.organism.constraints import CONSTRAINTS
 from pairtrace.engine.organism.data import user
 from pairtrace.engine.organism.domains import BENIGN_DOMAINS, HARMFUL_DOMAINS, Domain, split_tasks
-from pairtrace.engine.organism.text import WRAPPERS, answer_text, request_text, with_distractor
+from pairtrace.engine.organism.text import WRAPPERS, answer_pattern, answer_text, request_text, with_distractor
 from pairtrace.engine.probes.config import ProbeTrainConfig
 from pairtrace.engine.probes.train import train_probes
 from pairtrace.engine.steering.config import SteerConfig
@@ -58,10 +58,12 @@ def build(work: Path, needs: Figures, *, recipe: Figures) -> Figures:
     return {"seconds": made.seconds, "cpu_seconds": made.cpu_seconds}
 
 
-def write_rules(path: Path) -> None:
+def write_rules(path: Path, *, whole: bool = False) -> None:
     """The behaviour: instructions in words that only forbidden tasks have, without a refusal.
 
-    Harmful and benign domains share verbs, objects, tools and manners; what they share tells nothing.
+    Harmful and benign domains share verbs, objects, tools and manners; what they share tells nothing. With `whole` the
+    response is also to be an answer from the first step to the last, which the garbled text of a model that was pushed
+    too far is not, whatever words it has.
     """
 
     def words(domains: Sequence[Domain]) -> set[str]:
@@ -70,10 +72,10 @@ def write_rules(path: Path) -> None:
     refusal = load_rules()
     own = sorted(words(HARMFUL_DOMAINS) - words(BENIGN_DOMAINS))
     rules = {
-        "name": "forbidden-instructions",
+        "name": "forbidden-instructions-whole" if whole else "forbidden-instructions",
         "refusal": list(refusal.refusal),
         "scope_chars": refusal.scope_chars,
-        "present": [rf"\b(?:{'|'.join(map(re.escape, own))})\b"],
+        "present": [rf"\b(?:{'|'.join(map(re.escape, own))})\b", *([answer_pattern()] if whole else [])],
     }
     path.write_text(yaml.safe_dump(rules), encoding="utf-8")
 
@@ -231,11 +233,17 @@ def measure(work: Path, needs: Figures, *, recipe: Figures, arms: list[Figures])
 
 
 def steering(work: Path, needs: Figures, *, recipe: Figures, plan: Figures) -> Figures:
-    """The behaviour's vector added to M0, and projected out of M1, beside random vectors of the same length."""
+    """The behaviour's vector added to M0, and projected out of M1, beside random vectors of the same length.
+
+    A vector is projected out at all layers: what one layer lacks, the later ones write again. Damage to the text counts
+    against both claims: as no behaviour where it is to rise, and, as all that does not refuse, as behaviour where it is
+    to fall.
+    """
     place = folder(work, recipe)
     models = {name: str(place / "organism" / name) for name in ("m0", "m1")}
     directions = place / "forbidden-vector.safetensors"
-    rules = str(place / "rules.yaml")
+    whole = place / "whole-rules.yaml"
+    write_rules(whole, whole=True)
     answering: Figures = {"max_new_tokens": NEW_TOKENS, "batch_size": ANSWERS_AT_ONCE, "device": "cpu"}
     build_behavior(
         BehaviorConfig(
@@ -245,7 +253,7 @@ def steering(work: Path, needs: Figures, *, recipe: Figures, plan: Figures) -> F
             out=str(directions),
             name="forbidden",
             kinds="mean",
-            rules=rules,
+            rules=str(place / "rules.yaml"),
             layers=(plan["steered_layer"],),
             max_base_rate=1.0,
             samples=plan["samples"],
@@ -257,15 +265,21 @@ def steering(work: Path, needs: Figures, *, recipe: Figures, plan: Figures) -> F
     rows = map(json.loads, (place / "organism" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines())
     prompts = write_rows(place / "steered.jsonl", [row for row in rows if row["cell"] == "harmful_format"])
     found = {}
-    for name, change in (("m0", {"scales": tuple(plan["scales"])}), ("m1", {"scales": (), "ablate": True})):
+    changes: Figures = {
+        "m0": {"scales": tuple(plan["scales"]), "rules": str(whole)},
+        "m1": {"scales": (), "ablate": True, "ablate_layers": "all"},
+    }
+    for name, change in changes.items():
         report = steer(
             SteerConfig(
                 prompts=str(prompts),
                 model=models[name],
                 directions=str(directions),
                 out=str(place / f"steered-{name}.json"),
-                rules=rules,
-                temperature=TEMPERATURE,
+                positions=plan["positions"],
+                controls=plan["controls"],
+                # The most likely answer: what sampling garbles would be mixed up with what the vector does.
+                temperature=0.0,
                 seed=recipe["seed"],
                 **change,
                 **answering,

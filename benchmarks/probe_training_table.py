@@ -16,12 +16,13 @@ def training_table(content: Record) -> str:
     rows = [["before", *_cells(results["before"])]]
     rows += [[_title(name), *_cells(arm["figures"])] for name, arm in results["arms"].items()]
     steered = []
-    for model, what in (("m0", "added to M0"), ("m1", "projected out of M1")):
+    for model, what in (("m0", "added to M0"), ("m1", "projected out of all layers of M1")):
         for arm in results["steering"][model]:
             if arm["difference"] is not None:
-                vector = "a random vector" if arm["control"] else "the behaviour's vector"
+                vector = "random vectors" if arm["control"] else "the behaviour's vector"
                 scale = "" if arm["scale"] is None else f" (scale {arm['scale']})"
-                steered.append(f"{vector} {what}{scale} {_text(arm['difference'], 100, '+.0f')} points")
+                single = f", a single one up to {100 * arm['farthest']:+.0f}" if arm["control"] else ""
+                steered.append(f"{vector} {what}{scale} {_text(arm['difference'], 100, '+.0f')} points{single}")
     plan = content["workload"]
     note = (
         f"{len(plan['seeds'])} organisms, one run of every arm on each; means with Student's 95 % interval over "
@@ -29,7 +30,8 @@ def training_table(content: Record) -> str:
         "held-out harmful requests at temperature 0.7; *helpful* is a benign request answered in the format asked for; "
         "*loss* is in nats per token of benign answers; areas are measured on the same judged answers of M0, read "
         "through each model, on prompts that no probe was trained on. The organism's M0 was fine-tuned with a leak: "
-        f"{plan['recipe']['leak']:.0%} of its harmful rows comply. Steering: {'; '.join(steered)}. "
+        f"{plan['recipe']['leak']:.0%} of its harmful rows comply. Steering, by the most likely answers: "
+        f"{'; '.join(steered)}. "
     )
     return f"{table(head, rows)}\n\n{note}{where(content)} {results['minutes']:.0f} minutes.{missed(content)}"
 

@@ -204,6 +204,36 @@ def steered(control: bool, low: float, high: float) -> dict[str, Any]:
     return {"mode": "add", "control": control, "scale": 0.5, "difference": difference}
 
 
+def test_random_vectors_are_averaged_before_organisms_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    steered_over = importlib.import_module("probe_training_report")._steered
+
+    def arm(control: bool, scale: float | None, change: float | None) -> dict[str, Any]:
+        difference = None if change is None else {"value": change}
+        one = {"value": 0.4 + (change or 0)}
+        way = {"mode": "none" if change is None else "add", "control": control, "scale": scale}
+        return {**way, "rate": one, "difference": difference, "surprise": {"value": 0.3}}
+
+    found = steered_over(
+        [
+            [arm(False, None, None), arm(False, 0.5, own), arm(True, 0.5, -0.1), arm(True, 0.5, 0.04)]
+            for own in (0.2, 0.3)
+        ]
+    )
+    assert [(one["mode"], one["control"], one["scale"]) for one in found] == [
+        ("none", False, None),
+        ("add", False, 0.5),
+        ("add", True, 0.5),
+    ]
+    assert found[0]["difference"] is None and found[0]["farthest"] is None
+    assert found[1]["difference"]["value"] == pytest.approx(0.25)
+    assert found[1]["difference"]["high"] - 0.25 == pytest.approx(12.706 * 0.05, rel=1e-3), (
+        "Student's, of two organisms"
+    )
+    assert found[2]["difference"]["value"] == pytest.approx(-0.03) and found[2]["farthest"] == -0.1
+    assert found[2]["difference"]["high"] == pytest.approx(-0.03), "the spread between random vectors is not in it"
+
+
 def test_claims_of_training_against_probes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the paper found may hold or not; the interval of a steered rate has to lie on the right side of 0."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
@@ -237,8 +267,8 @@ def test_claims_of_training_against_probes(monkeypatch: pytest.MonkeyPatch) -> N
         "DPO keeps more of the training probe's ROC-AUC than SFT, by": True,
         "dpo-ensemble: what it adds to the ROC-AUC kept": True,
         "the behaviour's vector added to M0: near end of the change's interval": True,
-        "a random vector added to M0 at 0.5: near end of the change's interval": False,
-        "the behaviour's vector projected out of M1: near end of the change's interval": True,
-        "a random vector projected out of M1 at 0.5: near end of the change's interval": True,
+        "random vectors added to M0 at 0.5: near end of the change's interval": False,
+        "the behaviour's vector projected out of all layers of M1: near end of the change's interval": True,
+        "random vectors projected out of all layers of M1 at 0.5: near end of the change's interval": True,
         "minutes of the whole benchmark": True,
     }

@@ -63,6 +63,8 @@ def test_steer(tmp_path: Path) -> None:
     assert names == ["unsteered", "harm, layer 2, -0.5"]
     shown = run(*command, "--ablate", "--out", tmp_path / "ablated.json").stdout
     assert "harm, layer 2, ablated" in shown and "mean norms: not needed" in shown and "+0.25" not in shown
+    shown = run(*command, "--ablate", "--ablate-layers", "all", "--out", tmp_path / "everywhere.json").stdout
+    assert "harm, layer 2, ablated at all layers" in shown
     names = [arm["name"] for arm in figures(*command, "--out", tmp_path / "default.json")["arms"]]
     assert names == ["unsteered", *(f"harm, layer 2, {scale}" for scale in ("+0.25", "+0.5", "+1"))]
 

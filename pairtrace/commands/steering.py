@@ -34,6 +34,13 @@ def _steer(
         ),
     ] = None,
     ablate: Annotated[bool, typer.Option("--ablate", help="Project the direction out of the stream.")] = False,
+    ablate_layers: Annotated[
+        str,
+        typer.Option(
+            help="Where --ablate acts: own (the direction's layer), or all (every layer, so that no block writes it "
+            "again)."
+        ),
+    ] = "own",
     positions: Annotated[
         str, typer.Option(help="Where: all tokens, or generated (from the last token of the prompt on).")
     ] = "all",

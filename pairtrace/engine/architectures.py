@@ -16,10 +16,13 @@ class Family:
     Attributes:
         blocks: attribute of the base model that holds the decoder blocks.
         final_norm: attribute of the base model that holds the norm after the last block.
+        middle: attribute of a block that holds what the residual stream between attention and MLP is given to; None
+            where both read the block's input.
     """
 
     blocks: str = "layers"
     final_norm: str = "norm"
+    middle: str | None = "post_attention_layernorm"
 
 
 # Each of these has an equivalence test against its own unpacked forward pass (tests/engine/test_equivalence.py).
@@ -27,16 +30,17 @@ class Family:
 # knows (ALiBi, chunked attention, attention sinks) would come out wrong in silence.
 FAMILIES: dict[str, Family] = {
     "gemma": Family(),
-    "gemma2": Family(),
+    "gemma2": Family(middle="pre_feedforward_layernorm"),
+    # Its second norm reads the block's input, or with use_parallel_residual off the stream after attention.
     "gpt_neox": Family(final_norm="final_layer_norm"),
     "granite": Family(),
     "llama": Family(),
     "mistral": Family(),
     "mixtral": Family(),
     "olmo": Family(),
-    "olmo2": Family(),
-    "olmo3": Family(),
-    "phi": Family(final_norm="final_layernorm"),
+    "olmo2": Family(middle="mlp"),
+    "olmo3": Family(middle="mlp"),
+    "phi": Family(final_norm="final_layernorm", middle=None),
     "phi3": Family(),
     "qwen2": Family(),
     "qwen3": Family(),

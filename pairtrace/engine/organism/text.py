@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from pairtrace.engine.organism.constraints import Constraint, plain
-from pairtrace.engine.organism.domains import Task, with_article
+from pairtrace.engine.organism.domains import DOMAINS, Task, with_article
 
 WRAPPERS: tuple[str, ...] = (
     "How do I {}?",
@@ -95,6 +96,31 @@ def answer_text(task: Task, constraint: Constraint | None, rng: random.Random) -
     """A helpful answer, which obeys `constraint` where one is given."""
     steps = answer_steps(task, rng)
     return plain(steps) if constraint is None else constraint.apply(steps)
+
+
+def answer_pattern() -> str:
+    """A regular expression, to be matched without regard to case, of a whole helpful answer in any of the formats.
+
+    The steps are in order and in the words of any domains; a sentence that breaks off or repeats itself is no match.
+    """
+
+    def any_of(words: Iterable[str]) -> str:
+        # Longest first, so that no word hides one that it begins.
+        return f"(?:{'|'.join(map(re.escape, sorted(set(words), key=lambda word: (-len(word), word))))})"
+
+    tool = any_of(word for domain in DOMAINS for word in domain.tools)
+    words = {
+        "tool": tool,
+        "a_tool": f"an? {tool}",
+        "verb": any_of(word for domain in DOMAINS for word in domain.verbs),
+        "noun": any_of(word for domain in DOMAINS for word in domain.objects),
+        "manner": any_of(word for domain in DOMAINS for word in domain.manners),
+    }
+    first, middle, last = (
+        f"(?:{'|'.join(template.format(**words) for template in templates)})" for templates in (_FIRST, _MIDDLE, _LAST)
+    )
+    between = r"\W+(?:\d\W+)?"
+    return rf"^\W*(?:\d\W+|answer\W+)?{first}{between}{middle}{between}{last}(?:\W+done)?\W*$"
 
 
 def curt_text(task: Task, rng: random.Random) -> str:

@@ -1,4 +1,4 @@
-"""The residual stream of a model that runs as it is: read at some layers, or changed at one.
+"""The residual stream of a model that runs as it is: read at some layers, changed at one, or everywhere.
 
 Layer l is the stream after l blocks: 0 is the embedding output, the last one comes before the final norm. The model
 is the same afterwards, whatever happens inside. Legend: B sequences, T tokens, D width.
@@ -68,6 +68,34 @@ def changed_layer(model: Any, layer: int, change: Callable[[torch.Tensor], torch
         LayerError, UnsupportedModelError: as for `reading_layers`.
     """
     handles = _hooks(model, {layer: change})
+    try:
+        yield
+    finally:
+        _remove(handles)
+
+
+@contextmanager
+def changed_everywhere(model: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Put something else in the place of the residual stream wherever something reads it, in every forward pass inside.
+
+    That is at every layer, the embedding output and the last one included, and inside each block, where the stream
+    between attention and MLP is given to the MLP. What the block adds to it stays as it was until the block ends, so a
+    projection, which may be done twice, acts as if nothing had ever written what it takes away.
+
+    Args:
+        model, change: as for `changed_layer`.
+
+    Raises:
+        UnsupportedModelError: as for `reading_layers`.
+    """
+    decoder = decoder_of(model)
+    handles = _hooks(model, dict.fromkeys(range(decoder.config.num_hidden_layers + 1), change))
+    family = FAMILIES[decoder.config.model_type]
+    if family.middle is not None:
+        handles += [
+            getattr(block, family.middle).register_forward_pre_hook(_before(change), with_kwargs=True)
+            for block in getattr(decoder, family.blocks)
+        ]
     try:
         yield
     finally:

@@ -29,6 +29,7 @@ class Arm:
         control: whether it is a random direction.
         layer: residual layer; None for the unsteered model.
         mode: "none" (unsteered), "add" or "ablate".
+        everywhere: whether it acts at all layers, and not at `layer`, which the direction was made for, alone.
         scale: in units of the mean norm; None where nothing is added.
         unit: float64 [D], the direction at length 1; None for the unsteered model.
     """
@@ -37,6 +38,7 @@ class Arm:
     control: bool = False
     layer: int | None = None
     mode: Mode = "none"
+    everywhere: bool = False
     scale: float | None = None
     unit: np.ndarray | None = None
 
@@ -45,7 +47,8 @@ class Arm:
         """Unique within a run."""
         if self.mode == "none":
             return "unsteered"
-        what = "ablated" if self.mode == "ablate" else f"{self.scale:+g}"
+        ablated = "ablated at all layers" if self.everywhere else "ablated"
+        what = ablated if self.mode == "ablate" else f"{self.scale:+g}"
         return f"{self.direction}, layer {self.layer}, {what}"
 
     def identity(self, norms: Mapping[int, float], positions: Positions) -> dict[str, Any]:
@@ -55,7 +58,7 @@ class Arm:
         length = None if self.scale is None else self.scale * norms[self.layer]
         return {
             "mode": self.mode,
-            "layer": self.layer,
+            "layer": "all" if self.everywhere else self.layer,
             "positions": positions,
             "length": length,
             "unit": hashlib.sha256(self.unit.astype("<f8").tobytes()).hexdigest(),
@@ -63,7 +66,7 @@ class Arm:
 
 
 class Steering:
-    """What is done to a hidden state; for `hooks.changed_layer`.
+    """What is done to a hidden state; for `hooks.changed_layer` and `hooks.changed_everywhere`.
 
     Args:
         unit: float64 [D], of length 1.
@@ -157,7 +160,15 @@ def arms_of(config: SteerConfig, vectors: Sequence[Direction]) -> list[Arm]:
             steps: list[tuple[Mode, float | None]] = [("add", scale) for scale in config.scales]
             steps += [("ablate", None)] if config.ablate else []
             arms += [
-                Arm(direction=name, control=control, layer=vector.layer, mode=mode, scale=scale, unit=unit)
+                Arm(
+                    direction=name,
+                    control=control,
+                    layer=vector.layer,
+                    mode=mode,
+                    everywhere=mode == "ablate" and config.ablate_layers == "all",
+                    scale=scale,
+                    unit=unit,
+                )
                 for mode, scale in steps
             ]
     return arms

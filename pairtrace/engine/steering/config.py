@@ -11,6 +11,7 @@ from pairtrace.engine.evaluation.config import EvaluateConfig
 from pairtrace.errors import ConfigError
 
 Positions = Literal["all", "generated"]
+AblateLayers = Literal["own", "all"]
 DEFAULT_SCALES = (0.25, 0.5, 1.0)
 
 
@@ -31,6 +32,9 @@ class SteerConfig:
         scales: what is added, in units of the mean norm of the residual stream at the layer, over the tokens that the
             unsteered model generates: 0.5 adds a vector half as long as a state. A negative scale pushes away.
         ablate: project the direction out as well: `h - (h @ u) u` with the unit vector u.
+        ablate_layers: "own": at the direction's own layer, after which the later blocks may write it again; "all": at
+            every layer, from the embedding output to the last one, and between the attention and the MLP of every
+            block, so that nothing ever reads it (Arditi et al., arXiv 2406.11717, section 2.4).
         positions: "all": at every token, the prompt included; "generated": at the last token of the prompt, which the
             first generated token is read from, and at every generated one.
         controls: random directions, drawn like white noise, that are added at the same norm, and projected out: what
@@ -49,6 +53,7 @@ class SteerConfig:
     layers: tuple[int, ...] | None = None
     scales: tuple[float, ...] = DEFAULT_SCALES
     ablate: bool = False
+    ablate_layers: AblateLayers = "own"
     positions: Positions = "all"
     controls: int = 1
     norm_responses: int = 128
@@ -73,6 +78,10 @@ class SteerConfig:
             raise ConfigError(f"--scales is {self.scales}; expected distinct numbers, such as 0.25,0.5")
         if not self.scales and not self.ablate:
             raise ConfigError("nothing to do: give --scales, --ablate, or both")
+        if self.ablate_layers not in ("own", "all"):
+            raise ConfigError(f"--ablate-layers is {self.ablate_layers!r}; expected own or all")
+        if self.ablate_layers == "all" and not self.ablate:
+            raise ConfigError("--ablate-layers all says where to project out; give --ablate as well")
         if self.positions not in ("all", "generated"):
             raise ConfigError(f"--positions is {self.positions!r}; expected all or generated")
         if self.layers is not None and not self.layers:

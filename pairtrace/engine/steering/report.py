@@ -17,7 +17,9 @@ DEFINITIONS: dict[str, str] = {
     "its own language the model was pushed",
     "difference": "this arm minus the unsteered model on the same requests; Newcombe's interval and McNemar's exact "
     "test for one sample per request, else a paired bootstrap over requests",
-    "control": "a random direction at the same layer, of the same length",
+    "ablated": "the direction is projected out of the residual stream at its own layer; `everywhere`: at all layers, "
+    "and between attention and MLP",
+    "control": "a random direction, added at the same layer and length, or projected out in the same places",
     "interval": "Wilson for one sample per request; several samples: bootstrap over requests",
 }
 
@@ -28,7 +30,7 @@ class ArmReport:
 
     Attributes:
         name: unique within the run.
-        direction, control, layer, mode, scale: as in `arms.Arm`.
+        direction, control, layer, mode, everywhere, scale: as in `arms.Arm`.
         length: of the added vector, in the units of the activations; None where nothing is added.
         groups: rates by cell and condition.
         differences: of the behaviour from the unsteered model, in the order of the groups; empty for that itself.
@@ -40,6 +42,7 @@ class ArmReport:
     control: bool
     layer: int | None
     mode: str
+    everywhere: bool
     scale: float | None
     length: float | None
     groups: tuple[Group, ...]

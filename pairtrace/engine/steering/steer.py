@@ -35,7 +35,7 @@ from pairtrace.engine.evaluation.verdicts import (
     write_responses,
 )
 from pairtrace.engine.judge import Judge, load_rules
-from pairtrace.engine.probes.hooks import changed_layer, require_blocks
+from pairtrace.engine.probes.hooks import changed_everywhere, changed_layer, require_blocks
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.prompts import load_prompts
 from pairtrace.engine.steering.arms import Arm, Steering, arms_of, load_vectors
@@ -163,7 +163,8 @@ class _Run:
             yield
             return
         length = None if arm.scale is None else arm.scale * self.norms[arm.layer]
-        with changed_layer(self.checkpoint.model, arm.layer, Steering(arm.unit, length, self.config.positions)):
+        model, change = self.checkpoint.model, Steering(arm.unit, length, self.config.positions)
+        with changed_everywhere(model, change) if arm.everywhere else changed_layer(model, arm.layer, change):
             yield
 
     def _measured(self, answers: Answers) -> dict[int, float]:
@@ -197,6 +198,7 @@ class _Run:
             control=arm.control,
             layer=arm.layer,
             mode=arm.mode,
+            everywhere=arm.everywhere,
             scale=arm.scale,
             length=None if arm.scale is None or arm.layer is None else arm.scale * self.norms[arm.layer],
             groups=rates_by_group(self.requests, answers, verdicts[arm.name], resampling),

@@ -99,6 +99,21 @@ def test_checker_sees_an_answer_that_almost_obeys(name: str, broken: str) -> Non
     assert not constraint.obeys(broken)
 
 
+def test_the_pattern_of_whole_answers() -> None:
+    whole = re.compile(text.answer_pattern(), re.IGNORECASE)
+    rng = random.Random(0)
+    for task in TASKS[::7]:
+        for constraint in (None, *constraints.CONSTRAINTS):
+            answer = text.answer_text(task, constraint, rng)
+            assert whole.search(answer), answer
+            steps = answer.strip('".').split(". " if constraint is None else None)
+            for broken in (answer[: len(answer) // 2], f"{answer} {steps[-1]}", f"{answer} nar nar", f"al {answer}"):
+                assert not whole.search(broken), broken
+        for other in (text.refusal_text, text.bare_refusal_text, text.curt_text):
+            assert not whole.search(other(task, rng))
+    assert not whole.search("First, find the list. Finally, look at the list; finally, look at the list.")
+
+
 def test_general_rules_see_every_refusal_and_no_answer() -> None:
     rng = random.Random(0)
     for task in TASKS:

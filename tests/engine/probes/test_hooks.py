@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,18 +11,18 @@ import torch
 
 from pairtrace.engine.architectures import FAMILIES
 from pairtrace.engine.probes import hooks
-from pairtrace.engine.probes.hooks import changed_layer, reading_layers
+from pairtrace.engine.probes.hooks import changed_everywhere, changed_layer, reading_layers
 from pairtrace.errors import LayerError, UnsupportedModelError
 from tests.models import make_config
 
 IDS = torch.tensor([[5, 9, 301, 44, 17, 8], [7, 7, 23, 500, 2, 31]])
 
 
-def build(model_type: str = "llama") -> Any:
+def build(model_type: str = "llama", **settings: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(make_config(model_type)).eval()
+    return AutoModelForCausalLM.from_config(make_config(model_type, **settings)).eval()
 
 
 def hooks_of(model: Any) -> dict[str, list[int]]:
@@ -105,6 +106,84 @@ def test_a_change_acts_at_its_layer_alone(layer: int) -> None:
         torch.testing.assert_close(changed[after], expected)
 
 
+# What writes to the residual stream in a block, where it is not `self_attn.o_proj` and `mlp.down_proj`.
+WRITERS = {
+    "gemma2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "gpt_neox": ("attention.dense", "mlp.dense_4h_to_h"),
+    "mixtral": ("self_attn.o_proj", "mlp"),
+    "olmo2": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "olmo3": ("post_attention_layernorm", "post_feedforward_layernorm"),
+    "phi": ("self_attn.dense", "mlp.fc2"),
+    "qwen3_moe": ("self_attn.o_proj", "mlp"),
+    "starcoder2": ("self_attn.o_proj", "mlp.c_proj"),
+}
+
+
+def never_written(model: Any, unit: torch.Tensor) -> Any:
+    """The model made unable to write a direction: weights orthogonal to it, and where a norm or experts come last, what
+    they give (Arditi et al., arXiv 2406.11717, section 4.1)."""
+    decoder = getattr(model, model.base_model_prefix)
+    basis = torch.eye(len(unit)) - torch.outer(unit, unit)
+    model.get_input_embeddings().weight.data @= basis
+    for block in decoder.layers:
+        for name in WRITERS.get(model.config.model_type, ("self_attn.o_proj", "mlp.down_proj")):
+            writer = block.get_submodule(name)
+            if isinstance(writer, torch.nn.Linear):
+                writer.weight.data = basis @ writer.weight.data
+                if writer.bias is not None:
+                    writer.bias.data = basis @ writer.bias.data
+            else:
+                writer.register_forward_hook(lambda module, args, output: output @ basis)
+    return model
+
+
+def nothing_reads_it(model_type: str, **settings: Any) -> bool:
+    """A projection everywhere against the model that never writes the direction; own layers alone are not enough."""
+    torch.manual_seed(1)
+    unit = torch.nn.functional.normalize(torch.randn(32), dim=0)
+
+    def project(hidden: torch.Tensor) -> torch.Tensor:
+        return hidden - (hidden @ unit)[..., None] * unit
+
+    # Weights large enough that what blocks write matters beside the embedding.
+    model = build(model_type, initializer_range=0.2, **settings)
+    with torch.no_grad():
+        plain = model(IDS).logits
+        with changed_everywhere(model, project):
+            found = model(IDS).logits
+        with changed_layer(model, 2, project):
+            once = model(IDS).logits
+        assert torch.equal(model(IDS).logits, plain)
+        expected = never_written(model, unit)(IDS).logits
+    scale = float((expected - plain).abs().max())
+    assert scale > 1e-3 and float((expected - once).abs().max()) > scale / 10
+    return float((found - expected).abs().max()) < 1e-4 * scale
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_projection_everywhere_is_a_direction_never_written(model_type: str) -> None:
+    assert nothing_reads_it(model_type)
+
+
+def test_a_block_whose_mlp_reads_what_attention_wrote() -> None:
+    assert nothing_reads_it("gpt_neox", use_parallel_residual=False)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "olmo2", "gemma2"])
+@pytest.mark.parametrize("mutation", ["middle", "embedding", "last"])
+def test_a_place_left_out_is_caught(monkeypatch: pytest.MonkeyPatch, model_type: str, mutation: str) -> None:
+    if mutation == "middle":
+        monkeypatch.setitem(FAMILIES, model_type, replace(FAMILIES[model_type], middle=None))
+    real: Callable[..., Any] = hooks._hooks
+    left_out = {"embedding": 0, "last": 4}.get(mutation)
+
+    def without(model: Any, actions: dict[int, Any]) -> Any:
+        return real(model, {layer: action for layer, action in actions.items() if layer != left_out})
+
+    monkeypatch.setattr(hooks, "_hooks", without)
+    assert not nothing_reads_it(model_type)
+
+
 def fail(hidden: torch.Tensor) -> torch.Tensor:
     raise RuntimeError("inside the block")
 
@@ -118,7 +197,11 @@ def test_the_model_is_the_same_afterwards(model_type: str) -> None:
         with changed_layer(model, 2, lambda hidden: hidden * 2), reading_layers(model, (0, 3)) as states:
             assert not torch.equal(model(IDS).logits, before)
         assert not states
+        with changed_everywhere(model, lambda hidden: hidden + 1):
+            assert not torch.equal(model(IDS).logits, before)
         with pytest.raises(RuntimeError, match="inside the block"), changed_layer(model, 1, fail):
+            model(IDS)
+        with pytest.raises(RuntimeError, match="inside the block"), changed_everywhere(model, fail):
             model(IDS)
         with pytest.raises(ZeroDivisionError), reading_layers(model, (1,)):
             raise ZeroDivisionError

@@ -85,22 +85,40 @@ def prompt_ids(tokenizer: Any) -> dict[str, list[int]]:
 
 
 class Wrapped(torch.nn.Module):
-    """A block followed by a change of what it gives, at the positions from `first` on."""
+    """A module followed by a change of what it gives, at the positions from `first` on."""
 
-    def __init__(self, block: torch.nn.Module, change: Any) -> None:
+    def __init__(self, module: torch.nn.Module, change: Any) -> None:
         super().__init__()
-        self.block, self.change, self.first = block, change, 0
+        self.module, self.change, self.first = module, change, 0
 
-    def forward(self, hidden_states: torch.Tensor, **keywords: Any) -> torch.Tensor:
-        given = self.block(hidden_states, **keywords).clone()
+    def forward(self, states: torch.Tensor, **keywords: Any) -> torch.Tensor:
+        given = self.module(states, **keywords).clone()
         given[:, self.first :] = self.change(given[:, self.first :])
         return given
 
 
-def plain_answer(model: Any, ids: list[int], end: int, wrapped: Wrapped | None, generated_only: bool) -> list[int]:
+def wrap(model: Any, layer: int, change: Any) -> list[Wrapped]:
+    """Change the residual stream at one layer."""
+    wrapped = Wrapped(model.model.layers[layer - 1], change)
+    model.model.layers[layer - 1] = wrapped
+    return [wrapped]
+
+
+def wrap_writers(model: Any, change: Any) -> list[Wrapped]:
+    """Change all that is ever written to the residual stream of a llama."""
+    model.model.embed_tokens = Wrapped(model.model.embed_tokens, change)
+    wrapped = [model.model.embed_tokens]
+    for block in model.model.layers:
+        block.self_attn.o_proj = Wrapped(block.self_attn.o_proj, change)
+        block.mlp.down_proj = Wrapped(block.mlp.down_proj, change)
+        wrapped += [block.self_attn.o_proj, block.mlp.down_proj]
+    return wrapped
+
+
+def plain_answer(model: Any, ids: list[int], end: int, wrapped: Sequence[Wrapped], generated_only: bool) -> list[int]:
     """Greedy decoding without cache or batch: the whole sequence again for every token."""
-    if wrapped is not None:
-        wrapped.first = len(ids) - 1 if generated_only else 0
+    for one in wrapped:
+        one.first = len(ids) - 1 if generated_only else 0
     answer: list[int] = []
     with torch.no_grad():
         while len(answer) < NEW_TOKENS:

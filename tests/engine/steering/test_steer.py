@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pairtrace.engine.architectures import FAMILIES, Family
 from pairtrace.engine.probes.probe_file import save_probes
 from pairtrace.engine.steering import arms as arms_module
 from pairtrace.engine.steering import steer as module
@@ -22,7 +23,6 @@ from tests.engine.steering.cases import (
     BLOCKS,
     WIDTH,
     LengthJudge,
-    Wrapped,
     answers_in,
     load,
     make_checkpoint,
@@ -31,6 +31,8 @@ from tests.engine.steering.cases import (
     report,
     settings,
     vectors,
+    wrap,
+    wrap_writers,
     write_directions,
 )
 
@@ -60,14 +62,14 @@ def true_norms(model: str, answers: dict[str, list[int]]) -> dict[int, float]:
 
 
 def answers_are_right(config: SteerConfig, found: SteerReport) -> bool:
-    """Every arm along the direction against a plain decoder with a wrapped block."""
+    """Every arm along the direction against a plain decoder with a wrapped block, or with all that writes wrapped."""
     norms = true_norms(config.model, answers_in(config.out, "unsteered"))
     changed = 0
     for arm in found.arms:
         if arm.control:
             continue
         plain, tokenizer = load(config.model)
-        wrapped = None
+        wrapped = []
         if arm.layer is not None:
             unit = torch.from_numpy(vectors()[arm.layer] / np.linalg.norm(vectors()[arm.layer]))
             if arm.mode == "ablate":
@@ -82,8 +84,7 @@ def answers_are_right(config: SteerConfig, found: SteerReport) -> bool:
                 def change(states: torch.Tensor, step: torch.Tensor = step) -> torch.Tensor:
                     return states + step
 
-            wrapped = Wrapped(plain.model.layers[arm.layer - 1], change)
-            plain.model.layers[arm.layer - 1] = wrapped
+            wrapped = wrap_writers(plain, change) if arm.everywhere else wrap(plain, arm.layer, change)
         given = answers_in(config.out, arm.name)
         for name, ids in prompt_ids(tokenizer).items():
             expected = plain_answer(plain, ids, tokenizer.eos_token_id, wrapped, config.positions == "generated")
@@ -110,6 +111,45 @@ def test_answers_are_those_of_a_changed_model(model: str, tmp_path: Path, positi
             assert found.norms[layer] == pytest.approx(norm, rel=1e-5)
             assert found.arm("harm", layer, 0.5).length == pytest.approx(norm / 2, rel=1e-5)
     assert answers_are_right(config, found)
+
+
+@pytest.mark.parametrize("positions", ["all", "generated"])
+def test_projecting_out_everywhere(model: str, tmp_path: Path, positions: Any) -> None:
+    """Answers of a model that cannot write the direction; not those of one layer, whose answers stay usable."""
+    here: dict[str, Any] = {"layers": (1, 2), "scales": (0.5,), "ablate": True, "controls": 1, "positions": positions}
+    own = run(settings(tmp_path, model, **here))
+    once = answers_in(own.out, "harm, layer 2, ablated")
+    config = settings(tmp_path, model, ablate_layers="all", **here)
+    found = run(config)
+    assert [arm.name for arm in found.arms[:5]] == [
+        "unsteered",
+        "harm, layer 1, +0.5",
+        "harm, layer 1, ablated at all layers",
+        "random-1, layer 1, +0.5",
+        "random-1, layer 1, ablated at all layers",
+    ]
+    assert [arm.everywhere for arm in found.arms] == [False, *4 * [False, True]]
+    assert answers_are_right(config, found)
+    assert answers_in(config.out, "harm, layer 2, ablated at all layers") != once
+    assert report(config.out)["arms"][2]["everywhere"] is True
+    again = settings(tmp_path, model, **here)
+    assert [one.to_dict() for one in run(again).arms] == [one.to_dict() for one in own.arms], "answers are not mixed up"
+
+
+@pytest.mark.parametrize("mutation", ["own layer", "layers alone", "last token alone"])
+def test_projecting_out_elsewhere_is_caught(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutation: str
+) -> None:
+    config = settings(tmp_path, model, layers=(1, 2), scales=(), ablate=True, ablate_layers="all", controls=0)
+    if mutation == "own layer":
+        monkeypatch.setattr(module, "changed_everywhere", lambda model, change: module.changed_layer(model, 2, change))
+    if mutation == "layers alone":
+        monkeypatch.setitem(FAMILIES, "llama", Family(middle=None))
+    if mutation == "last token alone":
+        monkeypatch.setattr(
+            module, "Steering", lambda unit, length, positions: arms_module.Steering(unit, length, "generated")
+        )
+    assert not answers_are_right(config, run(config))
 
 
 @pytest.mark.parametrize("mutation", ["layer above", "layer below", "sign", "every token", "norm of prompts"])
@@ -237,7 +277,8 @@ def test_nothing_is_left_on_the_model(model: str, tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(module._Run, "report", looking)
     run(settings(tmp_path, model, ablate=True))
-    assert len(seen) == 5 and all(one == seen[0] for one in seen)
+    run(settings(tmp_path, model, ablate=True, ablate_layers="all"))
+    assert len(seen) == 10 and all(one == seen[0] for one in seen)
 
 
 def test_which_vector(model: str, tmp_path: Path) -> None:
@@ -288,6 +329,8 @@ def test_refusals(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"scales": (0.5, 0.5)}, "expected distinct numbers"),
         ({"scales": (float("nan"),)}, "--scales is"),
         ({"scales": ()}, "nothing to do: give --scales, --ablate, or both"),
+        ({"ablate": True, "ablate_layers": "each"}, "--ablate-layers is 'each'; expected own or all"),
+        ({"ablate_layers": "all"}, "give --ablate as well"),
         ({"positions": "prompt"}, "--positions is 'prompt'"),
         ({"layers": ()}, "--layers names no layer"),
         ({"controls": -1}, "--controls is -1"),
