@@ -34,6 +34,12 @@ Layers = Annotated[
     str, typer.Option(help="Residual layers, comma-separated: l is the stream after l blocks, 0 the embedding output.")
 ]
 Backend = Annotated[str, typer.Option(help="What runs the model: hf (transformers) or vllm.")]
+RolloutBackend = Annotated[
+    str,
+    typer.Option(
+        "--backend", help="What answers: hf (transformers), vllm, or auto: a vLLM that is installed and supported."
+    ),
+]
 TensorParallel = Annotated[
     int | None, typer.Option(help="With --backend vllm: devices that share a copy of the model [default: 1].")
 ]
@@ -74,6 +80,22 @@ def engine_settings(given: dict[str, Any]) -> dict[str, Any]:
     from pairtrace.engine.vllm.options import VLLMOptions
 
     return {**rest, "vllm": VLLMOptions(**named)}
+
+
+def rollout_settings(given: dict[str, Any]) -> dict[str, Any]:
+    """`engine_settings` of a command that samples, with a back end instead of "auto".
+
+    vLLM samples faster (bench_vllm), so it answers where it can: it is installed and supported, nothing but --device
+    auto was asked for, and there is something to sample. Where one of its options is given, it is what was meant.
+    """
+    options = engine_settings(given)
+    if options["backend"] == "auto":
+        from pairtrace.engine.vllm.installed import supported_version
+
+        free = options["device"] == "auto" and options["rollouts"] is None
+        meant = options["vllm"] is not None
+        options["backend"] = "vllm" if meant or (free and supported_version() is not None) else "hf"
+    return options
 
 
 def _engine_option(text: str) -> tuple[str, Any]:

@@ -7,18 +7,18 @@ from typing import Annotated
 import typer
 
 from pairtrace.options import (
-    Backend,
     CacheGib,
     DataParallel,
     Device,
     EngineOption,
     Format,
     Json,
+    RolloutBackend,
     Split,
     Template,
     TemplateDate,
     TensorParallel,
-    engine_settings,
+    rollout_settings,
     settings,
 )
 from pairtrace.terminal import Answer, progress
@@ -75,7 +75,7 @@ def _evaluate(
         str | None, typer.Option("--lm-eval", help="Capability tasks, comma-separated; needs the extra lm-eval.")
     ] = None,
     lm_eval_limit: Annotated[int | None, typer.Option(help="Examples per capability task [default: all].")] = None,
-    backend: Backend = "hf",
+    backend: RolloutBackend = "auto",
     tensor_parallel: TensorParallel = None,
     data_parallel: DataParallel = None,
     cache_gib: CacheGib = None,
@@ -84,7 +84,7 @@ def _evaluate(
 ) -> Answer:
     """Let models answer, and report behaviour, over-refusal, helpfulness, format, preferences and drift."""
     options = settings(
-        engine_settings(locals()),
+        rollout_settings(locals()),
         models=tuple(models or ()),
         conditions=None if conditions is None else tuple(conditions.split(",")),
         lm_eval=() if lm_eval is None else tuple(lm_eval.split(",")),

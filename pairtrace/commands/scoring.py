@@ -7,21 +7,21 @@ from typing import Annotated
 import typer
 
 from pairtrace.options import (
-    Backend,
     Behavior,
     CacheGib,
     DataParallel,
     Device,
     EngineOption,
     Json,
+    RolloutBackend,
     Scores,
     Split,
     Template,
     TemplateDate,
     TensorParallel,
     TokenBudget,
-    engine_settings,
     numbers,
+    rollout_settings,
     settings,
 )
 from pairtrace.terminal import Answer, progress
@@ -58,7 +58,7 @@ def _behavior(
     token_budget: TokenBudget = None,
     chat_template: Template = None,
     template_date: TemplateDate = None,
-    backend: Backend = "hf",
+    backend: RolloutBackend = "auto",
     tensor_parallel: TensorParallel = None,
     data_parallel: DataParallel = None,
     cache_gib: CacheGib = None,
@@ -67,7 +67,7 @@ def _behavior(
 ) -> Answer:
     """Sample both checkpoints, judge, filter, and turn what changed into directions."""
     options = settings(
-        engine_settings(locals()),
+        rollout_settings(locals()),
         layers=None if layers is None else numbers(layers),
         samples=samples if samples is not None else 8 if temperature else 1,
     )

@@ -114,7 +114,7 @@ class Engine:
             self.close()
             raise EngineError(
                 f"vLLM does not start for {purpose}: {str(error).strip()}; what its processes said is above. If memory "
-                "for the cache is short, lower --max-length or raise --cache-gib"
+                "for the cache is short, lower --max-length or raise --cache-gib; another --backend does without vLLM"
             ) from error
 
     @property

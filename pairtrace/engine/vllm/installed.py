@@ -39,9 +39,7 @@ def require_vllm(purpose: str) -> str:
     version = installed_version()
     if version is None or util.find_spec("vllm") is None:
         raise MissingDependencyError("vllm", "vllm", purpose)
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    found = None if numbers is None else (int(numbers[1]), int(numbers[2]))
-    if found is None or not OLDEST <= found < TOO_NEW:
+    if supported_version() is None:
         raise ConfigError(
             f"vLLM {version} is installed, but {purpose} is tested with {_text(OLDEST)} up to, not including, "
             f"{_text(TOO_NEW)}; install one of those (pip install 'vllm>={_text(OLDEST)},<{_text(TOO_NEW)}'), or use "
@@ -60,6 +58,13 @@ def installed_version() -> str | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def supported_version() -> str | None:
+    """`installed_version` where this package was tested with it, else None."""
+    version = installed_version()
+    numbers = re.match(r"(\d+)\.(\d+)", version or "")
+    return version if numbers and OLDEST <= (int(numbers[1]), int(numbers[2])) < TOO_NEW else None
 
 
 def _text(version: tuple[int, int]) -> str:

