@@ -272,8 +272,9 @@ def vllm_table(content: Record) -> str:
         f"layer {work['layer']} of {work['blocks']}, {work['dtype']}, {clock}; medians and ranges of interleaved runs. "
         "A useful token is one of a prompt, counted once, or of a response. MB out left the worker; the error is that "
         "of the float16 rows, against transformers. Of pairs with responses of 100 tokens and more, "
-        f"{work['bytes_share_of_long_pairs']:.2%} of stock's bytes leave the worker. Rollouts of {work['sequences']} "
-        f"sequences of {work['new_tokens']} tokens, prompts of up to {work['prompt_tokens']}: "
-        f"{rates['transformers']:,.0f} tokens/s with transformers, {rates['vLLM']:,.0f} with vLLM "
-        f"({work['rollout_speed_up']:.2f}x). {where(content)}{missed(content)}"
+        f"{work['bytes_share_of_long_pairs']:.2%} of stock's bytes leave the worker. Running {work['layer']} of "
+        f"{work['blocks']} blocks can make it {work['blocks'] / work['layer']:.2f}x faster at most. "
+        f"Rollouts of {work['sequences']} sequences of {work['new_tokens']} tokens, prompts of up to "
+        f"{work['prompt_tokens']}: {rates['transformers']:,.0f} tokens/s with transformers, {rates['vLLM']:,.0f} with "
+        f"vLLM ({work['rollout_speed_up']:.2f}x). {where(content)}{missed(content)}"
     )
