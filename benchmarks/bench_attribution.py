@@ -144,7 +144,7 @@ def tasks_of(plan: Plan) -> list[Task]:
                     needs=(f"{place}/attribution",),
                 )
             )
-        arms += [task for dpo_seed in plan.dpo_seeds for task in _arms(plan.arms, recipe, dpo_seed, plan.dpo_seeds)]
+        arms += _arms(plan.arms, recipe, plan.dpo_seeds)
         for contamination in VARIANTS:
             variant = {**recipe, "contamination": contamination}
             there = place_of(variant)
@@ -162,7 +162,9 @@ def tasks_of(plan: Plan) -> list[Task]:
             arguments = {"recipe": variant, **behavior, **borrowed}
             attributions += _attribution(variant, arguments, (f"{there}/organism", needs[1]), names)
             if contamination == "diffuse":
-                arms += _arms(plan.diffuse_arms, variant, plan.dpo_seeds[0], plan.dpo_seeds)
+                arms += _arms(plan.diffuse_arms, variant, plan.dpo_seeds)
+    # One DPO seed after the other.
+    arms.sort(key=lambda task: plan.dpo_seeds.index(task.arguments["dpo_seed"]))
     return [*organisms, *attributions, *arms]
 
 
@@ -181,8 +183,8 @@ def _attribution(
     ]
 
 
-def _arms(arms: tuple[Arm, ...], recipe: dict[str, Any], dpo_seed: int, dpo_seeds: tuple[int, ...]) -> list[Task]:
-    place, number = place_of(recipe), dpo_seeds.index(dpo_seed)
+def _arms(arms: tuple[Arm, ...], recipe: dict[str, Any], dpo_seeds: tuple[int, ...]) -> list[Task]:
+    place = place_of(recipe)
     made_by = {"margin": "simple", "length": "simple", "probe": "probe"}
     made_by |= dict.fromkeys(("gradient-generated", "gradient-clean"), "gradient")
     return [
@@ -197,7 +199,7 @@ def _arms(arms: tuple[Arm, ...], recipe: dict[str, Any], dpo_seed: int, dpo_seed
             needs=(f"{place}/{made_by.get(arm.method, 'attribution')}",),
         )
         for arm in arms
-        if arm.seeds is None or number < arm.seeds
+        for dpo_seed in dpo_seeds[: arm.seeds]
     ]
 
 
