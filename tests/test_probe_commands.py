@@ -45,6 +45,7 @@ def test_train_eval_compare(tmp_path: Path) -> None:
     assert evaluated["examples"] == found["held_out_examples"]
     shown = run("probe", "eval", out, "--store", store.path, "--out", tmp_path / "report.json").stdout
     assert "of prompts that the probes were trained on are left out" in shown and " all " in shown
+    assert "calibration error" in shown and " C " not in shown
     assert json.loads((tmp_path / "report.json").read_text())["probe"] == str(out)
 
     other = tmp_path / "other.safetensors"

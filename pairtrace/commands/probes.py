@@ -193,13 +193,14 @@ def _left_out(counts: dict[str, int]) -> list[str]:
 
 
 def _table(rows: Sequence[tuple[str, Any, str, float | None, Figures]]) -> list[str]:
+    trained = any(strength is not None for *_, strength, _ in rows)
     return table_lines(
         [
             {
                 "probe": name,
                 "layer": str(layer),
                 "role": role,
-                "C": _cell(strength),
+                **({"C": _cell(strength)} if trained else {}),
                 "ROC-AUC": f"{_cell(found.roc_auc.value)} ({found.roc_auc.low:.3f} to {found.roc_auc.high:.3f})",
                 "Brier": _cell(found.brier),
                 "calibration error": _cell(found.calibration_error),

@@ -279,8 +279,9 @@ def _manifest(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     assert isinstance(manifest, dict)
     if not isinstance(manifest.get("kinds"), dict):
         raise DirectionError(f"{path}: the manifest is damaged: kinds is {manifest.get('kinds')!r}")
-    if not isinstance(manifest.get("tensors", []), list):
-        raise DirectionError(f"{path}: the manifest is damaged: tensors is {manifest['tensors']!r}")
+    tensors = manifest.get("tensors", [])
+    if not isinstance(tensors, list) or not all(isinstance(name, str) for name in tensors):
+        raise DirectionError(f"{path}: the manifest is damaged: tensors is {tensors!r}")
     return manifest
 
 

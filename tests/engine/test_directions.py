@@ -174,6 +174,7 @@ def test_a_manifest_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> N
         ({"b/1": any_values(0, 4)}, "{", "not valid JSON"),
         ({"b/1": any_values(0, 2, 4)}, good, "calls it 'vector'"),
         ({"b": any_values(0, 4)}, good, "named behavior/layer"),
+        ({"b/1": any_values(0, 4)}, {**good, "tensors": [{"weight": 1}]}, "tensors is"),
         ({"b/1": any_values(0, 4).astype(np.float64)}, good, "type float64"),
     ):
         with pytest.raises(DirectionError, match=message):

@@ -27,6 +27,7 @@ from pairtrace.engine.finetuning.chosen_probes import best_layers
 from pairtrace.engine.finetuning.example_rendering import read_example_rows
 from pairtrace.engine.finetuning.examples import open_examples
 from pairtrace.engine.judge import Judge
+from pairtrace.engine.probes.evaluate import require_fit
 from pairtrace.engine.probes.probe_file import Probe, load_probes, trained_prompts
 from pairtrace.engine.probes.solver import require_solver
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
@@ -52,7 +53,8 @@ def detectability(
     Raises:
         DataError: prompts, responses or texts cannot be used.
         DirectionError: the probe file cannot be used.
-        ProbeMismatchError: the probes do not belong to `before`, or have another width than a model.
+        ProbeMismatchError: the probes do not belong to `before`, or have another width or tokenizer
+            than a model.
         ExamplesError: too few judged responses, or of one class only.
         ModelError: a checkpoint is missing or damaged.
         MissingDependencyError: scikit-learn is not installed.
@@ -151,6 +153,7 @@ def _areas(
 
     layers = tuple(sorted({probe.layer for probe in probes}))
     examples = RolloutExamples.read(config.reading(model, layers), meter, progress)
+    require_fit(config.probe, probes, examples)
     learned, judged = split_examples(config, examples, trained_prompts(config.probe))
     return probe_areas(config, examples, probes, learned, judged)
 

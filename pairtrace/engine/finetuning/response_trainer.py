@@ -100,14 +100,15 @@ class ResponseTrainer(GuardedSteps, SFTTrainer):
         mask = inputs["labels"] != _NO_LOSS
         with self._reading(model, mask) as states:
             loss = super().compute_loss(model, inputs, *arguments, **keywords)
+            # TRL divides by the tokens of the whole step where it knows them, and by the number of passes else.
+            responses = self._step_examples if keywords.get("num_items_in_batch") is not None else len(indices)
             if self._term is not None:
                 assert self._probes is not None
-                # TRL divides by the tokens of the whole step where it knows them, and by the number of passes else.
-                responses = self._step_examples if keywords.get("num_items_in_batch") is not None else len(indices)
                 probabilities = self._term(states, mask)
                 self._probes.add("probe/term", float(probabilities.detach().sum()), len(indices))
                 loss = loss + self._weight * probabilities.sum() / responses
-        self._passed(indices, loss)
+        # What is shown is the loss of a step, as far as this pass tells, and not this pass's part of it.
+        self._passed(indices, loss * (responses / len(indices)))
         return loss
 
     def _reading(self, model: Any, mask: torch.Tensor) -> AbstractContextManager[Mapping[int, torch.Tensor]]:

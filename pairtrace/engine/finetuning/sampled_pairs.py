@@ -26,6 +26,7 @@ from pairtrace.engine.finetuning.config import FinetuneConfig
 from pairtrace.engine.finetuning.signals import ResponseSignal
 from pairtrace.engine.progress import Progress
 from pairtrace.engine.prompts import load_prompts
+from pairtrace.engine.tables import file_digest
 from pairtrace.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def write_pairs(
     with replacing(path) as temporary:
         temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     with replacing(description) as temporary:
-        content = {"identity": identity, "choice": choice.to_dict()}
+        content = {"identity": identity, "choice": choice.to_dict(), "digest": file_digest([path])}
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return choice
 
@@ -159,7 +160,9 @@ def _made_alike(path: Path, description: Path, identity: dict[str, Any]) -> Pair
         return None
     try:
         found = json.loads(description.read_text(encoding="utf-8"))
-        return PairChoice(**found["choice"]) if found["identity"] == identity else None
+        # A run that was killed between the two files, or a user, may have left other pairs beside this description.
+        alike = found["identity"] == identity and found["digest"] == file_digest([path])
+        return PairChoice(**found["choice"]) if alike else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

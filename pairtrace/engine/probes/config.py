@@ -78,6 +78,8 @@ class ExamplesConfig:
             raise ConfigError("--layers names no layer; expected at least one, or leave it out for all")
         if self.max_rows < 2:
             raise ConfigError(f"--max-rows is {self.max_rows}; expected at least 2")
+        if self.seed < 0:
+            raise ConfigError(f"--seed is {self.seed}; expected 0 or more")
         if self.max_length < 0:
             raise ConfigError(f"--max-length is {self.max_length}; expected a positive number, or 0 for no limit")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -112,7 +112,10 @@ def evaluate_probes(
     path = None if config.out is None else costs_path(config.out)
     with CostMeter(method="probe", stage="evaluate", device=device, path=path) as meter:
         examples = examples or open_examples(replace(config, layers=layers), meter, progress)
-        same_model = _require_fit(config.probe, probes, examples)
+        if not len(examples.labels):
+            reasons = ", ".join(f"{count} {reason}" for reason, count in examples.left_out.items() if count)
+            raise ExamplesError(f"{examples.origin.name}: nothing to evaluate probes on", "examples", reasons or "none")
+        same_model = require_fit(config.probe, probes, examples)
         usable = np.ones(len(examples.labels), bool)
         if not config.include_training:
             usable = ~examples_trained_on(examples, trained_prompts(config.probe))
@@ -148,8 +151,17 @@ def evaluate_probes(
     return found
 
 
-def _require_fit(path: str, probes: list[Probe], examples: Examples) -> bool:
-    """Whether model and probes are of one checkpoint; ProbeMismatchError where they cannot belong together."""
+def require_fit(path: str, probes: Sequence[Probe], examples: Examples) -> bool:
+    """Whether model and probes are of one checkpoint.
+
+    Args:
+        path: of the probes, for messages.
+        probes: at least one, all of this file.
+        examples: with the activations of the model.
+
+    Raises:
+        ProbeMismatchError: they cannot belong together: another width, or another tokenizer.
+    """
     origin = examples.origin
     for probe in probes:
         for what, needed, actual in (

@@ -216,6 +216,7 @@ def _probe(path: str | Path, direction: Direction, tensors: dict[str, np.ndarray
         or bias is None
         or weight.dtype != np.float32
         or bias.dtype != np.float64
+        or bias.ndim != 1
         or weight.shape != (len(bias), width)
         or role not in ROLES
     ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -135,6 +135,10 @@ def _rendered(renderer: Renderer, chunk: Sequence[JudgedResponse]) -> list[Rende
     return renderer.render(pairs)
 
 
+def _reasons(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
+
+
 class RolloutExamples:
     """Judged responses in memory; implements `examples.Examples`."""
 
@@ -174,10 +178,16 @@ class RolloutExamples:
             drawn = np.random.default_rng(config.seed).permutation(len(responses))[: config.max_rows]
             responses = [responses[place] for place in np.sort(drawn).tolist()]
         if not responses:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items()) or "the file is empty"
+            reasons = _reasons(left_out) or "the file is empty"
             raise ExamplesError(f"{config.rollouts} has no judged responses", "at least one", reasons)
         means, problems = reader.read(responses, meter, progress)
         kept = [place for place in range(len(responses)) if place not in problems]
+        if not kept:
+            raise ExamplesError(
+                f"{config.rollouts}: {config.model} can read none of the judged responses",
+                "at least one",
+                _reasons(Counter(problems.values())),
+            )
         origin = Origin(
             name=config.rollouts,
             model_fingerprint=reader.fingerprint,

@@ -53,7 +53,7 @@ class StoreExamples:
     ) -> None:
         if not store.manifest.sides:
             raise ExamplesError(
-                f"{store.path} cannot train a probe; extract again with --sides",
+                f"{store.path} gives no examples for probes; extract again with --sides",
                 "activations of both responses of each pair",
                 "their differences alone",
             )

@@ -191,6 +191,10 @@ def test_new_prompts_are_split(case: Case, tmp_path: Path) -> None:
 def test_wrong_input(case: Case, tmp_path: Path) -> None:
     with pytest.raises(ProbeMismatchError, match="another model fingerprint"):
         detectability(case.config(tmp_path / "r.json", before=str(case.after), after=(f"tuned={case.before}",)))
+    make_tokenizer(tmp_path / "narrow")
+    make_model("olmo2", tmp_path / "narrow", num_hidden_layers=2, hidden_size=16)
+    with pytest.raises(ProbeMismatchError, match=r"another width than .*: expected 16, found 32"):
+        detectability(case.config(tmp_path / "r.json", after=(f"narrow={tmp_path / 'narrow'}",)))
     with pytest.raises(ConfigError, match=r"reports end in \.json"):
         case.config(tmp_path / "report.txt")
     with pytest.raises(ConfigError, match="give the trained one another name"):

@@ -132,6 +132,21 @@ def test_interrupted_run_goes_on(small: Path, prompt_file: Path, probe: Path, tu
     assert stages == ["sample", "select"]
 
 
+def test_other_pairs_beside_their_description_are_made_again(
+    small: Path, prompt_file: Path, probe: Path, tuned: Path, tmp_path: Path
+) -> None:
+    """As a run with other settings leaves them that is killed between the two files."""
+    out = tmp_path / "m1"
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config_for(small, prompt_file, out, probe=str(probe), **SETTINGS), StopsAfter(0))
+    pairs = tmp_path / "m1.preferences.jsonl"
+    made = pairs.read_text()
+    pairs.write_text(made.splitlines(keepends=True)[0])
+    run(small, prompt_file, out, probe=str(probe), **SETTINGS)
+    assert pairs.read_text() == made
+    assert largest_difference(out, tuned) == 0.0
+
+
 def test_controls_choose_by_the_text(small: Path, prompt_file: Path, tmp_path: Path) -> None:
     """A rule that every second response fits by chance, and pairs at random, which no probe has made."""
     rules = tmp_path / "rules.yaml"

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from pairtrace.engine.checkpoint import load_tokenizer
 from pairtrace.engine.finetuning.example_rendering import RenderedExample, render_examples
 from pairtrace.engine.finetuning.examples import open_examples
+from pairtrace.engine.finetuning.finetune import finetune
 from pairtrace.engine.finetuning.probe_watch import ProbeWatch
 from pairtrace.engine.finetuning.response_trainer import ResponseTrainer
 from pairtrace.engine.probes.probe_file import load_probes
@@ -24,6 +25,7 @@ from pairtrace.engine.rendering import Renderer
 from pairtrace.engine.training.batches import StepBatches
 from pairtrace.errors import DataError, TrainingError
 from tests.engine.finetuning.cases import (
+    config_for,
     largest_difference,
     log_of,
     probes_of,
@@ -225,6 +227,29 @@ def test_how_a_step_is_carried_out_does_not_change_it(
     """Passes of a step hold different numbers of tokens; the term counts every response once."""
     run(small, given, tmp_path / "m1", method="sft", probe=str(probe), probe_weight=2.0, epochs=2, **changes)
     assert largest_difference(tmp_path / "m1", against) < 4e-5
+
+
+class Losses:
+    """Progress that keeps what is shown of the steps."""
+
+    def __init__(self) -> None:
+        self.shown: list[float] = []
+
+    def start(self, stage: str, total: int | None, unit: str) -> None:
+        pass
+
+    def finish(self) -> None:
+        pass
+
+    def advance(self, done: int, **figures: float) -> None:
+        self.shown += [figures["loss"]] if "loss" in figures else []
+
+
+def test_shown_loss_is_that_of_a_step(small: Path, given: Path, probe: Path, tmp_path: Path) -> None:
+    seen = Losses()
+    config = config_for(small, given, tmp_path / "m1", method="sft", probe=str(probe), accumulation=4, max_steps=2)
+    finetune(config, seen)
+    assert seen.shown == pytest.approx([entry["loss"] for entry in log_of(tmp_path / "m1")], rel=0.3)
 
 
 def test_weights_are_those_of_trl_left_to_itself(small: Path, given: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from pairtrace.engine.baselines.store_pairs import open_store_data
 from pairtrace.engine.directions import Direction, save_directions
 from pairtrace.engine.probes import evaluate as module
 from pairtrace.engine.probes.compare import ProbeCompareConfig, compare_probes
@@ -101,6 +102,10 @@ def test_refusals(store: SidedStore, probe: str, tmp_path: Path) -> None:
     save_probes(tmp_path / "all.safetensors", everything, {}, trained_on=np.unique(opened.contents))
     with pytest.raises(ExamplesError, match="trained on the prompts of all 596 examples; --include-training"):
         evaluate(store, str(tmp_path / "all.safetensors"))
+    source = open_store_data(opened._store, None)
+    nothing = StoreExamples(opened._store, source, labels=[None] * 300)
+    with pytest.raises(ExamplesError, match=r"nothing to evaluate probes on: .*298 without_label"):
+        evaluate_probes(ProbeEvalConfig(probe=probe, store=store.path), examples=nothing)
     with pytest.raises(ConfigError, match="--roles names 'spare'"):
         evaluate(store, probe, roles=("spare",))
     with pytest.raises(ConfigError, match=r"reports end in \.json"):

@@ -94,6 +94,11 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     save_directions(path, directions, {"kind": "probe", "roles": {"harm": "training"}}, tensors={})
     with pytest.raises(DirectionError, match="is damaged: harm/2 has no weights"):
         load_probes(path)
+    # A number for each member is needed, not a row of them.
+    tensors = {**read_tensors(tmp_path / "p.safetensors"), "bias:harm/2": np.full((1, 1), 0.5)}
+    save_directions(path, directions, {"kind": "probe", "roles": {"harm": "training"}}, tensors=tensors)
+    with pytest.raises(DirectionError, match="is damaged: harm/2 has no weights"):
+        load_probes(path)
     save_directions(path, directions, {"tensors": ["gone"]})
     with pytest.raises(DirectionError, match="names the tensor 'gone', which is not there"):
         read_tensors(path)

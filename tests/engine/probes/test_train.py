@@ -238,6 +238,7 @@ def _source(store: SidedStore) -> Any:
         ({"layers": ()}, "--layers names no layer"),
         ({"max_rows": 1}, "--max-rows is 1"),
         ({"max_length": -1}, "--max-length is -1"),
+        ({"seed": -1}, "--seed is -1"),
         ({"out": "p.npy"}, "end in .safetensors"),
         ({"strengths": (0.0,)}, "--strengths is"),
         ({"folds": 1}, "--folds is 1"),
