@@ -61,7 +61,7 @@ class Bars:
         self._logged = 0.0
 
     def start(self, stage: str, total: int | None, unit: str) -> None:
-        """Begin a bar of `total` units."""
+        """Begin a bar of `total` units; None where no number is known, and only the time is shown."""
         from rich import progress
         from rich.console import Console
 
@@ -69,12 +69,13 @@ class Bars:
         columns = (
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=20),
-            progress.TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}, {task.fields[figures]}"),
+            progress.TextColumn("{task.fields[counts]}"),
             progress.TimeRemainingColumn(elapsed_when_finished=True),
         )
         self._bar = progress.Progress(*columns, console=Console(stderr=True))
         self._bar.start()
-        self._bar.add_task(stage, total=total or 0, unit=unit, figures="-/s")
+        counts = "" if total is None else f"0/{total:,.0f} {unit}, -/s"
+        self._bar.add_task(stage, total=total, unit=unit, counts=counts)
         self._logged = time.monotonic()
 
     def advance(self, done: int, **figures: float) -> None:
@@ -86,15 +87,19 @@ class Bars:
         shown = [f"{(task.completed + done) / elapsed:,.1f}/s"]
         for name, value in figures.items():
             shown.append(f"{value / elapsed:,.0f} tokens/s" if name == "tokens" else f"{name} {value:.4g}")
-        self._bar.update(task.id, advance=done, figures=", ".join(shown))
+        of = "" if task.total is None else f"/{task.total:,.0f}"
+        counts = f"{task.completed + done:,.0f}{of} {task.fields['unit']}, {', '.join(shown)}"
+        self._bar.update(task.id, advance=done, counts=counts)
         if not self._bar.console.is_terminal and time.monotonic() - self._logged >= _LOG_EVERY:
             self._logged = time.monotonic()
-            counts = f"{task.completed:,.0f}/{task.total:,.0f} {task.fields['unit']}"
-            self._bar.console.print(f"{task.description}: {counts}, {', '.join(shown)}", soft_wrap=True)
+            self._bar.console.print(f"{task.description}: {counts}", soft_wrap=True)
 
     def finish(self) -> None:
         """End the bar and leave it on the screen."""
         if self._bar is not None:
+            task = self._bar.tasks[0]
+            if task.total is None:  # full now
+                self._bar.update(task.id, total=max(task.completed, 1), completed=max(task.completed, 1))
             self._bar.stop()
             self._bar = None
 

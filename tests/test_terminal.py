@@ -51,6 +51,14 @@ def test_a_log_file_gets_lines_and_figures_that_are_no_rates(
     assert "loss 0.25" in captured.err and "tokens/s" in captured.err and "loss/s" not in captured.err
 
 
+def test_a_stage_of_unknown_length_shows_no_counts(capfd: pytest.CaptureFixture[str]) -> None:
+    bars = Bars()
+    bars.start("hierarchy", None, "rows")
+    bars.finish()
+    shown = capfd.readouterr().err
+    assert "hierarchy" in shown and "0:00:00" in shown and "rows" not in shown
+
+
 def test_a_missing_source_has_a_name_in_the_table() -> None:
     share = SourceShare(
         source="",

@@ -124,7 +124,7 @@ def discovery_client(address: str | None, *, workers: int | None = None) -> Iter
     except ImportError as error:
         raise MissingDependencyError("dask[distributed]", "discover", "work on more than one core") from error
     with (
-        _as_quiet_as_others("distributed"),
+        _quiet("distributed"),
         _processes(workers) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
@@ -153,11 +153,11 @@ def _processes(workers: int | None) -> Any:
 
 
 @contextmanager
-def _as_quiet_as_others(library: str) -> Iterator[None]:
-    """Dask sets its loggers to INFO when it is imported: every connection would be told to whoever runs a command."""
+def _quiet(library: str) -> Iterator[None]:
+    """Errors only: Dask would tell whoever runs a command of every connection, and of every process slow to end."""
     logger = logging.getLogger(library)
     before = logger.level
-    logger.setLevel(max(before, logging.getLogger().getEffectiveLevel()))
+    logger.setLevel(max(before, logging.ERROR))
     try:
         yield
     finally:

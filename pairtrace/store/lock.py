@@ -42,7 +42,7 @@ class WriterLock:
             holder = os.read(self._handle, 200).decode("utf-8", "replace").strip() or "another process"
             self._close()
             raise StoreLockedError(
-                f"{root} is being written by {holder}; wait for it to finish, or choose another path for the new store"
+                f"{root} is being written by {holder}; wait for it to finish, or choose another path"
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pairtrace.engine.dask_cluster import cluster_failures, discovery_client
 from pairtrace.errors import ConfigError, StoreError
 
 
-def test_a_local_cluster_has_single_threads_and_leaves_nothing_behind() -> None:
+def test_a_local_cluster_has_single_threads_and_leaves_nothing_behind(caplog: pytest.LogCaptureFixture) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # no complaint about a port that is taken
         with discovery_client(None, workers=1) as client:
@@ -22,6 +23,8 @@ def test_a_local_cluster_has_single_threads_and_leaves_nothing_behind() -> None:
             assert worker["memory_limit"] > 0
             (process,) = client.run(os.getpid).values()
             assert process != os.getpid()
+            logging.getLogger("distributed.nanny").warning("Worker process still alive after 4.0 seconds, killing")
+    assert not caplog.records
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
 

@@ -13,14 +13,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from pairtrace.engine.atomic import require_writable
 from pairtrace.engine.baselines.store_pairs import open_store_data
 from pairtrace.engine.cost import CostMeter, costs_path
 from pairtrace.engine.dask_cluster import discovery_client, require_store
 from pairtrace.engine.discovery.chunk_tasks import chosen_rows
 from pairtrace.engine.discovery.clustering import ClusterConfig, Clustering, cluster
 from pairtrace.engine.discovery.description import ClusteredItems, DescriptionConfig, describe, store_inputs
-from pairtrace.engine.discovery.product import CLUSTERS_FILE, Discovered, write_product
+from pairtrace.engine.discovery.product import Discovered, one_writer, require_directory, write_product
 from pairtrace.engine.discovery.reduced_file import REDUCED_FILE, Reduced, read_reduced, write_reduced
 from pairtrace.engine.discovery.reduction import fit_reduction, reduce_rows
 from pairtrace.engine.discovery.stability import recluster_points
@@ -79,7 +78,7 @@ class PairsConfig:
             raise ConfigError(f"--components is {self.components}; expected at least 1")
         if self.sample is not None and self.sample < 1:
             raise ConfigError(f"--sample is {self.sample}; expected at least 1, or all")
-        self.clustering(self.min_cluster_size or 2)  # its own checks, before any work
+        self.clustering(2 if self.min_cluster_size is None else self.min_cluster_size)  # checked before any work
 
     def clustering(self, min_cluster_size: int) -> ClusterConfig:
         """How to cluster."""
@@ -109,12 +108,11 @@ def discover_pairs(config: PairsConfig, progress: Progress = NULL_PROGRESS) -> D
             that of the store.
         LayerError: the layer is not in the store.
         StoreError: the store cannot be read, or is incomplete and `allow_incomplete` is False.
+        StoreLockedError: another run writes to `out`.
         MissingDependencyError: Dask, or what the clustering needs, is not installed.
     """
     out = Path(config.out)
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out is {config.out}, which is a file; expected a directory, which is made if needed")
-    require_writable(out / CLUSTERS_FILE)
+    require_directory(out)
     with CostMeter(method="activation", stage="discover", device="cpu", path=costs_path(out)) as meter:
         if config.scheduler is not None:
             # What its workers spend is not measured here.
@@ -127,7 +125,7 @@ def discover_pairs(config: PairsConfig, progress: Progress = NULL_PROGRESS) -> D
         count = int(chosen.sum())
         size = config.min_cluster_size or default_min_cluster_size(count)
         _require_rows(count, size, store)
-        with discovery_client(config.scheduler) as client:
+        with one_writer(out), discovery_client(config.scheduler) as client:
             require_store(client, store)
             reduced, reused = _reduced(config, store, layer, chosen, client, progress)
             _require_rows(len(reduced.rows), size, store)

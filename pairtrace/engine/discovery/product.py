@@ -8,7 +8,8 @@ the others: where it is, the product is complete. Letters: n items, C clusters, 
 from __future__ import annotations
 
 import json
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pairtrace.engine.atomic import replacing
+from pairtrace.engine.atomic import replacing, require_writable
 from pairtrace.engine.directions import Direction, load_directions, save_directions
 from pairtrace.engine.discovery.enrichment import Enrichment
 from pairtrace.engine.discovery.exemplars import Datapoint, Exemplar
@@ -25,6 +26,7 @@ from pairtrace.engine.discovery.stability import Stability
 from pairtrace.engine.tables import file_digest
 from pairtrace.engine.versions import library_versions
 from pairtrace.errors import ConfigError, DataError, DataFormatError, PairtraceError
+from pairtrace.store.lock import WriterLock
 
 View = Literal["pairs", "prompts"]
 SCHEMA_VERSION = 1
@@ -142,6 +144,34 @@ class Discovered:
 def direction_name(number: int) -> str:
     """Name of a cluster's mean direction."""
     return f"cluster-{number}"
+
+
+def require_directory(out: str | Path) -> None:
+    """Find out before any work that a product can be written; nothing is made.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if Path(out).exists() and not Path(out).is_dir():
+        raise ConfigError(f"--out is {out}, which is a file; expected a directory, which is made if needed")
+    require_writable(Path(out) / CLUSTERS_FILE)
+
+
+@contextmanager
+def one_writer(out: str | Path) -> Iterator[None]:
+    """Make the directory of a discovery, and keep other runs away from it: two would mix their files.
+
+    Raises:
+        ConfigError: it cannot be written.
+        StoreLockedError: another run is at it.
+    """
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        lock = WriterLock(Path(out))
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error}; choose another --out") from error
+    with lock:
+        yield
 
 
 def write_product(out: str | Path, discovered: Discovered) -> None:

@@ -98,6 +98,7 @@ class PromptBag:
             "layers": self.layers,
             "states": self.states,
             "pairs": self.pairs,
+            "fingerprint": self.fingerprint,
         }
         with replacing(path) as temporary:
             temporary.write_bytes(save({"vectors": self.vectors}, metadata={_METADATA_KEY: json.dumps(manifest)}))
@@ -107,7 +108,7 @@ class PromptBag:
         """Read what `save` wrote, and its identity.
 
         Raises:
-            DataError: the file cannot be read.
+            DataError: the file cannot be read, or its values are not those that were written.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -122,11 +123,14 @@ class PromptBag:
                 states=tuple(manifest["states"]),
                 pairs=manifest["pairs"],
             )
+            identity, written = manifest["identity"], manifest.get("fingerprint", bag.fingerprint)
         except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"{path} does not hold a prompt bag ({error!r}); delete it to read the bag again"
             ) from error
-        return bag, manifest["identity"]
+        if bag.fingerprint != written:
+            raise DataError(f"{path} is damaged: its values have changed; delete it to read the bag again")
+        return bag, identity
 
 
 def bag_items(table: RolloutTable) -> tuple[BagItem, ...]:

@@ -24,7 +24,7 @@ from pairtrace.engine.discovery.columns import Column
 from pairtrace.engine.discovery.description import ClusteredItems, Description, describe, store_inputs
 from pairtrace.engine.discovery.exemplars import plain_text
 from pairtrace.engine.discovery.flags import NOTHING_JUDGED, shown_shares, verdict_changes
-from pairtrace.engine.discovery.product import Discovered, write_product
+from pairtrace.engine.discovery.product import Discovered, one_writer, require_directory, write_product
 from pairtrace.engine.discovery.prompt_bag import BagItem, bag_items
 from pairtrace.engine.discovery.prompt_points import cluster_with_images, points_with_length, reduced_rows
 from pairtrace.engine.discovery.prompt_reading import read_bag
@@ -58,17 +58,20 @@ def discover_prompts(config: PromptsConfig, progress: Progress = NULL_PROGRESS) 
         ConfigError, DataError, DataMismatchError, ModelError: an option, the prompts, the rollouts or a checkpoint
             cannot be used.
         StoreError, StoreMismatchError, LayerError: the store cannot be read, or was made with another model.
+        StoreLockedError: another run writes to `out`.
         MissingDependencyError: Dask, hdbscan or SciPy is not installed.
     """
+    require_directory(config.out)
     sampled = Path(config.behavior.rollouts_out)
     resumed = sampled.exists() or journal_path(sampled).exists()
     path = costs_path(str(Path(config.out) / "clusters.json"))
     with CostMeter(method="activation", stage="discover", device=config.device, path=path, resumed=resumed) as meter:
-        return _discover(config, meter, progress)
+        store = ActivationStore.open(config.store, allow_incomplete=config.allow_incomplete)
+        with one_writer(config.out):
+            return _discover(config, store, meter, progress)
 
 
-def _discover(config: PromptsConfig, meter: CostMeter, progress: Progress) -> Discovered:
-    store = ActivationStore.open(config.store, allow_incomplete=config.allow_incomplete)
+def _discover(config: PromptsConfig, store: ActivationStore, meter: CostMeter, progress: Progress) -> Discovered:
     layer = max(store.layers) if config.layer is None else config.layer
     bag, table = read_bag(config, layer, meter, progress)
     items = bag_items(table)

@@ -40,26 +40,32 @@ def checkpoints_of(directory: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def require_checkpoints(config: MonitorRunConfig) -> None:
+    """Find out before any work that there is something to watch.
+
+    Raises:
+        ConfigError: there is no checkpoint, and none is waited for.
+    """
+    directory = Path(config.run)
+    if not config.follow and not checkpoints_of(directory):
+        advice = "give the directory above it" if (directory / "config.json").is_file() else "or --follow to wait"
+        raise ConfigError(
+            f"{directory} holds no checkpoints; expected are directories such as checkpoint-100 with a config.json "
+            f"in them: {advice}"
+        )
+
+
 def arriving(config: MonitorRunConfig, after: int) -> Iterator[tuple[int, Path]]:
     """Checkpoints of a run, the earliest first; with `follow` those that appear later as well.
 
     Args:
         config: what to wait for.
         after: only later steps.
-
-    Raises:
-        ConfigError: there is no checkpoint, and none is waited for.
     """
     directory = Path(config.run)
     if not config.follow:
-        found = checkpoints_of(directory)
-        if not found:
-            advice = "give the directory above it" if (directory / "config.json").is_file() else "or --follow to wait"
-            raise ConfigError(
-                f"{directory} holds no checkpoints; expected are directories such as checkpoint-100 with a config.json "
-                f"in them: {advice}"
-            )
-        yield from ((step, path) for step, path in found.items() if _wanted(step, after, config) and _is_whole(path))
+        found = checkpoints_of(directory).items()
+        yield from ((step, path) for step, path in found if _wanted(step, after, config) and _is_whole(path))
         return
     looks: dict[int, Any] = {}
     existed = directory.is_dir()

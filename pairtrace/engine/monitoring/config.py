@@ -78,7 +78,7 @@ class MonitorConfig:
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "null_samples"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
-        self._check("min_cluster_size", (self.min_cluster_size or 5) >= 3, "at least 3")
+        self._check("min_cluster_size", self.min_cluster_size is None or self.min_cluster_size >= 3, "at least 3")
         self._check("temperature", 0 <= self.temperature < math.inf, "0 (greedy) or a positive number")
         if self.null_temperature is not None:
             self._check("null_temperature", 0 < self.null_temperature < math.inf, "a positive number")

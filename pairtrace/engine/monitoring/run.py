@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pairtrace.engine.cost import CostMeter
-from pairtrace.engine.monitoring.checkpoints import arriving, load_checkpoint
+from pairtrace.engine.monitoring.checkpoints import arriving, load_checkpoint, require_checkpoints
 from pairtrace.engine.monitoring.config import MonitorRunConfig
 from pairtrace.engine.monitoring.monitor import LOG, PLOT, Monitor, free_memory
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
@@ -55,6 +55,7 @@ def monitor_run(config: MonitorRunConfig, progress: Progress = NULL_PROGRESS) ->
         ModelError: M0 or a checkpoint cannot be used.
         StoreLockedError: another monitor writes to the directory.
     """
+    require_checkpoints(config)
     out = Path(config.out)
     looked_at, stopped = 0, False
     meter = CostMeter(method="monitor", stage="monitor", device=config.device, path=out / COSTS, resumed=True)

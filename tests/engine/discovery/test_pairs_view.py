@@ -22,7 +22,8 @@ from pairtrace.engine.discovery.product import Discovered, read_product
 from pairtrace.engine.discovery.stability import StabilityConfig
 from pairtrace.engine.ranking import top
 from pairtrace.engine.score import ScoreConfig, score
-from pairtrace.errors import ConfigError, DataError, LayerError, StoreError, StoreIncompleteError
+from pairtrace.errors import ConfigError, DataError, LayerError, StoreError, StoreIncompleteError, StoreLockedError
+from pairtrace.store.lock import WriterLock
 from pairtrace.store.reader import ActivationStore
 from tests.engine.clusters import RunningCluster, running_cluster
 from tests.engine.small_store import SmallStore, make_store
@@ -215,15 +216,24 @@ def test_what_cannot_be_clustered_is_refused_before_any_work(
     ):
         with pytest.raises(error, match=message):
             discover_pairs(replace(config, **changed))
-    for changed in ({"components": 0}, {"sample": 0}, {"min_cluster_size": 1}, {"method": "x"}, {"min_samples": 0}):
+    for name, value in (
+        *(("components", 0), ("sample", 0), ("method", "x"), ("min_samples", 0)),
+        *(("min_cluster_size", 1), ("min_cluster_size", 0)),
+    ):
         with pytest.raises(ConfigError):
-            replace(config, **changed)
+            replace(config, **{name: value})
     assert not Path(config.out).exists()
 
 
 def test_workers_that_cannot_see_the_store_say_so(config: PairsConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ActivationStore, "address", "/only/here.zarr")
     with pytest.raises(StoreError, match=r"Dask worker at tcp.* cannot open the store: .*only/here.*has to see it"):
+        discover_pairs(config)
+
+
+def test_a_directory_belongs_to_one_run_at_a_time(config: PairsConfig) -> None:
+    Path(config.out).mkdir()
+    with WriterLock(Path(config.out)), pytest.raises(StoreLockedError, match="is being written by process"):
         discover_pairs(config)
 
 

@@ -148,6 +148,11 @@ def test_a_bag_is_kept(bag: PromptBag, tmp_path: Path) -> None:
     np.testing.assert_array_equal(again.vectors, bag.vectors)
     assert (again.items, again.layers, again.states, again.pairs) == (bag.items, bag.layers, bag.states, bag.pairs)
     assert identity == {"made": "from this"} and again.fingerprint == bag.fingerprint
+    content = bytearray((tmp_path / "bag.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "bag.safetensors").write_bytes(content)
+    with pytest.raises(DataError, match="is damaged"):
+        PromptBag.load(tmp_path / "bag.safetensors")
     (tmp_path / "bag.safetensors").write_bytes(b"not a bag")
     with pytest.raises(DataError, match="does not hold a prompt bag"):
         PromptBag.load(tmp_path / "bag.safetensors")

@@ -26,7 +26,8 @@ from pairtrace.engine.prompt_encoder import PromptEncoder
 from pairtrace.engine.prompts import load_prompts
 from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.engine.score import ScoreConfig, score
-from pairtrace.errors import ConfigError, DataMismatchError, StoreMismatchError
+from pairtrace.errors import ConfigError, DataMismatchError, StoreLockedError, StoreMismatchError
+from pairtrace.store.lock import WriterLock
 from tests.engine.extraction import config_for, pair, write_rows
 from tests.models import make_model, make_tokenizer
 
@@ -220,3 +221,12 @@ def test_what_cannot_be_used_is_refused(model: Path, store: Path, tmp_path: Path
     (matrix / "zarr.json").write_text(json.dumps(described))
     with pytest.raises(DataMismatchError, match="was made with bag 'another'"):
         discover_prompts(config(model, store, tmp_path, rollouts))
+
+
+def test_a_directory_belongs_to_one_run_at_a_time(model: Path, store: Path, tmp_path: Path) -> None:
+    rollouts = write_rollouts(tmp_path / "r.jsonl", {"flip": 9})
+    (tmp_path / "other").mkdir()
+    with WriterLock(tmp_path / "other"), pytest.raises(StoreLockedError, match="is being written by process"):
+        discover_prompts(config(model, store, tmp_path, rollouts, out=str(tmp_path / "other")))
+    with pytest.raises(ConfigError, match="which is a file"):
+        discover_prompts(config(model, store, tmp_path, rollouts, out=rollouts))

@@ -171,6 +171,7 @@ def test_bad_input_is_named(m0: Path, prompts: Path, checkpoints: Path, tmp_path
         monitor_run(config_for(m0, prompts, empty, tmp_path / "a"))
     with pytest.raises(ConfigError, match="give the directory above it"):
         monitor_run(config_for(m0, prompts, checkpoints / "checkpoint-10", tmp_path / "b"))
+    assert not list(tmp_path.glob("[ab]")), "M0 has answered in vain"
     with pytest.raises(LayerError, match="layer 9"):
         monitor_run(config_for(m0, prompts, checkpoints, tmp_path / "c", layer=9))
     run = tmp_path / "run"
@@ -188,6 +189,7 @@ def test_bad_input_is_named(m0: Path, prompts: Path, checkpoints: Path, tmp_path
     [
         *({"alpha": 0.0}, {"alpha": 1.0}, {"min_growth": -0.1}, {"null_samples": 0}, {"temperature": -1.0}),
         *({"null_temperature": 0.0}, {"on_alert": "panic"}, {"min_cluster_size": 1}, {"max_new_tokens": 0}),
+        {"min_cluster_size": 0},
     ],
 )
 def test_settings_out_of_range_are_refused(changes: dict[str, Any]) -> None:
