@@ -48,6 +48,7 @@ class Engine:
         dtype: of the forward pass.
         max_model_len: longest sequence in tokens, with what is generated.
         options: how to run.
+        device: "auto", or what the installed vLLM runs on.
         **arguments: further arguments of `vllm.LLM`.
 
     Attributes:
@@ -55,7 +56,7 @@ class Engine:
 
     Raises:
         MissingDependencyError: vLLM is not installed.
-        ConfigError: its version is not supported, or the devices do not suffice.
+        ConfigError: its version is not supported, it runs on another device, or the devices do not suffice.
         EngineError: an engine does not start.
     """
 
@@ -67,17 +68,19 @@ class Engine:
         dtype: str,
         max_model_len: int,
         options: VLLMOptions,
+        device: str = "auto",
         **arguments: Any,
     ) -> None:
-        require_vllm(purpose)
+        version = require_vllm(purpose)
         from vllm import LLM
-        from vllm.exceptions import VLLMError
         from vllm.platforms import current_platform
 
         from pairtrace.engine.vllm.connector import end_waits_of_the_dead
 
         _require_arguments(options)
         self.device = str(current_platform.device_type)
+        if device not in ("auto", self.device):
+            raise ConfigError(f"--device is {device!r}, but the installed vLLM runs on {self.device!r}")
         cpu = self.device == "cpu"
         settings: dict[str, Any] = {
             "model": str(model),
@@ -101,6 +104,7 @@ class Engine:
         self._engines: list[Any] = []
         self._models: list[Any] = []
         self._asked = 0
+        logger.info("starting vLLM %s for %s, which takes a while", version, purpose)
         try:
             for replica in range(options.data_parallel):
                 with _devices_of(replica, options, self.device):
@@ -110,7 +114,7 @@ class Engine:
         except PairtraceError:
             self.close()
             raise
-        except (VLLMError, ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # vLLM checks some arguments by failing on them, with errors of any kind
             self.close()
             raise EngineError(
                 f"vLLM does not start for {purpose}: {str(error).strip()}; what its processes said is above. If memory "
