@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +43,22 @@ def test_another_device_is_refused_before_anything_starts(monkeypatch: pytest.Mo
     monkeypatch.setattr("vllm.LLM", lambda **settings: pytest.fail("vLLM was started"))
     with pytest.raises(ConfigError, match=r"--device is 'tpu', but the installed vLLM runs on"):
         start(device="tpu")
+
+
+def test_an_interruption_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though vLLM swallows a KeyboardInterrupt there, and goes on to wait for an engine that is gone."""
+
+    def swallow(**settings: Any) -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            pytest.fail("vLLM got the interruption, and would swallow it")
+
+    monkeypatch.setattr("vllm.LLM", swallow)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            start()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

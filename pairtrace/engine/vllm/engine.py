@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -107,11 +109,11 @@ class Engine:
         logger.info("starting vLLM %s for %s, which takes a while", version, purpose)
         try:
             for replica in range(options.data_parallel):
-                with _devices_of(replica, options, self.device):
+                with _devices_of(replica, options, self.device), _interruptible():
                     self._models.append(LLM(**settings))
                 self._engines.append(self._models[-1].llm_engine)
                 end_waits_of_the_dead(self._models[-1])
-        except PairtraceError:
+        except (PairtraceError, KeyboardInterrupt, SystemExit):
             self.close()
             raise
         except Exception as error:  # vLLM checks some arguments by failing on them, with errors of any kind
@@ -215,6 +217,34 @@ def _require_arguments(options: VLLMOptions) -> None:
     unknown = sorted(set(options.engine) - {field.name for field in fields(EngineArgs)})
     if unknown:
         raise ConfigError(f"--engine-option names {', '.join(unknown)}, which this vLLM does not know")
+
+
+class _Interrupted(BaseException):
+    """What SIGINT raises while an engine starts."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end the start of an engine.
+
+    vLLM 0.32 swallows a KeyboardInterrupt there (`zmq_socket_ctx`), and then waits ten minutes for an engine that the
+    same Ctrl-C has ended.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise _Interrupted
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except _Interrupted:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
