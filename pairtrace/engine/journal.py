@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import time
@@ -12,6 +14,8 @@ from typing import Any
 from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError
 
 _ADVICE = "repeat the settings that it was made with, choose another output, or delete the file"
+# What a setting was before there was a choice: such runs say nothing of it.
+_UNSAID = {"backend": "hf"}
 
 
 def require_same_run(expected: Mapping[str, Any], actual: Any, path: Path, *, exact: bool = True) -> None:
@@ -31,17 +35,15 @@ def require_same_run(expected: Mapping[str, Any], actual: Any, path: Path, *, ex
     only_there = [name for name in actual if name not in expected] if exact else []
     for name in (*expected, *only_there):
         if actual.get(name) != expected.get(name):
-            raise DataMismatchError(
-                f"{path} was made with {name} {actual.get(name)!r}, but this run asks for {expected.get(name)!r}; "
-                f"{_ADVICE}"
-            )
+            there, here = (settings.get(name, _UNSAID.get(name)) for settings in (actual, expected))
+            raise DataMismatchError(f"{path} was made with {name} {there!r}, but this run asks for {here!r}; {_ADVICE}")
 
 
 class Journal:
     """Entries on disk; the first line says what run they belong to.
 
     Args:
-        path: the file; made with the directories above it.
+        path: the file; made with the directories above it, and locked: only one run at a time writes to it.
         identity: of the run, plain JSON values. A file of another run is refused.
         sync_seconds: entries are made durable at least this far apart; a killed process loses none of them, only a
             power cut may cost the last ones. 0 makes every entry durable before `append` returns.
@@ -62,6 +64,18 @@ class Journal:
             self._file = self.path.open("a+b")
         except OSError as error:
             raise ConfigError(f"cannot write {self.path}: {error}") from error
+        try:
+            self._read()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._close()
+
+    def _read(self) -> None:
+        self._lock()
         self._file.seek(0)
         valid = 0
         for number, (line, entry) in enumerate(self._lines()):
@@ -75,9 +89,21 @@ class Journal:
         self._synced = -float("inf")
         if valid == 0:
             self.append([{"identity": self._identity}])
-        return self
 
-    def __exit__(self, *error: object) -> None:
+    def _lock(self) -> None:
+        """Two runs that write to one file would cut off each other's lines."""
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"another run is writing to {self.path}; wait for it to finish, or choose another output"
+            ) from error
+        except OSError:  # some network file systems have no locks
+            pass
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(self._file, fcntl.LOCK_UN)  # else a forked process would keep it
         self._file.close()
 
     def append(self, entries: Iterable[Mapping[str, Any]]) -> None:

@@ -114,7 +114,7 @@ def sample_rollouts(
         ConfigError, ModelError: an option or a checkpoint cannot be used.
         EngineError: vLLM does not start, or died; what it has answered is kept.
     """
-    from pairtrace.engine.checkpoint import model_fingerprint
+    from pairtrace.engine.checkpoint import model_fingerprint, require_whole_weights, resolve_checkpoint
     from pairtrace.engine.prompt_encoder import PromptEncoder
     from pairtrace.engine.samplers import load_sampler, released
     from pairtrace.engine.versions import library_versions
@@ -131,6 +131,9 @@ def sample_rollouts(
         name: PromptEncoder.load(path, chat_template=config.chat_template, template_date=config.template_date)
         for name, path in ((BASE, config.base), (TUNED, tuned))
     }
+    # Half a file of the tuned model must not cost the rollouts of the base.
+    for model in {config.base, tuned}:
+        require_whole_weights(resolve_checkpoint(model))
     # All of them before any weights are loaded: a prompt that one template refuses must not cost an hour of the other.
     encoded = {
         (name, condition, prompt.id): encoder.encode(

@@ -98,6 +98,8 @@ def truncate(config: TruncateConfig, progress: Progress = NULL_PROGRESS) -> Trun
         raise ConfigError(f"{out} exists; choose another --out, or remove it")
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     try:
+        # A killed run may have left it: process ids come back, in a container at each start.
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         summary = _write(path, partial, family.blocks, config.layers, blocks, progress)
         record = {**summary, "files": _weights_now(partial)}
@@ -200,9 +202,9 @@ def cached_truncation(model: str, layers: int, fingerprint: str, progress: Progr
     shutil.rmtree(out, ignore_errors=True)
     try:
         made = truncate(TruncateConfig(model=str(path), layers=layers, out=str(out)), progress)
-    except ConfigError:
+    except ConfigError as error:
         if not _is_whole(out):  # else another process was faster
-            raise
+            raise ConfigError(f"{error}; PAIRTRACE_CACHE names another directory for it") from error
     else:
         logger.info("the first %d of %d blocks of %s are kept in %s", layers, made.of, model, out)
     return out

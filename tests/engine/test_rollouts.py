@@ -262,6 +262,17 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_table(
         sample_rollouts(config(models, prompt_file, out, temperature=1.0))
 
 
+def test_a_damaged_tuned_model_is_found_before_the_base_answers(
+    models: tuple[str, str], prompt_file: str, tmp_path: Path
+) -> None:
+    damaged = Path(shutil.copytree(models[1], tmp_path / "damaged"))
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ModelError, match="damaged or half written"):
+        sample_rollouts(config((models[0], str(damaged)), prompt_file, tmp_path / "r.parquet"))
+    assert not list(tmp_path.glob("r.parquet*"))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

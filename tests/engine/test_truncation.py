@@ -128,6 +128,13 @@ def test_never_overwrites(single: Path, tmp_path: Path) -> None:
         cut(single, 2, tmp_path / "out")
 
 
+def test_what_a_killed_run_has_left_is_in_nobodys_way(single: Path, tmp_path: Path) -> None:
+    """Process ids come back; in a container the first one is the same at each start."""
+    (tmp_path / f".out.{os.getpid()}.partial").mkdir()
+    cut(single, 2, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_unknown_architectures_are_refused(single: Path, tmp_path: Path) -> None:
     model = Path(shutil.copytree(single, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
@@ -159,6 +166,15 @@ def test_the_cache_makes_it_once(
     assert sum("are kept in" in message for message in caplog.messages) == 2
     # With all blocks there is nothing to cut.
     assert cached_truncation(str(sharded), 4, fingerprint) == sharded
+
+
+def test_a_cache_that_cannot_be_written_names_the_way_out(
+    sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PAIRTRACE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match=r"cannot write .*PAIRTRACE_CACHE names another directory"):
+        cached_truncation(str(sharded), 2, "f" * 64)
 
 
 def test_a_cached_link_that_was_written_to_is_made_anew(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,3 +70,56 @@ def test_questions_that_cannot_be_asked(model: Path) -> None:
     finally:
         judge.close()
     assert judge.ask(body).reason == REQUEST_REFUSED
+
+
+class NoEngine:
+    """In the place of an engine; it fails at whatever it is asked."""
+
+    device = "cpu"
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        pass
+
+    def run(self, *arguments: Any, **settings: Any) -> None:
+        raise KeyError("nobody thought of this")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def without_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VLLMJudge]:
+    monkeypatch.setattr("pairtrace.engine.vllm.judge.Engine", NoEngine)
+    judge = VLLMJudge(str(model), OPTIONS)
+    yield judge
+    judge.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": "hot"}, "a setting that vLLM refuses.*hot"),
+        ({"temperature": -1}, "a setting that vLLM refuses"),
+        ({"top_p": 7}, "a setting that vLLM refuses"),
+        ({"max_tokens": 0}, "a setting that vLLM refuses"),
+        ({"response_format": "json"}, "a setting that vLLM refuses"),
+        ({"temperature": 0.5, "seed": 1}, "leave the seed out"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], message: str, without_engine: VLLMJudge) -> None:
+    """A seed on a CPU: where a step computes a part of a prompt that is sampled with one, the engine dies."""
+    body = Rubric("praises", "m", settings).body("Hello", "Good day")
+    with pytest.raises(ConfigError, match=message):
+        without_engine.ask(body)
+
+
+def test_without_a_limit_an_answer_may_fill_the_context(without_engine: VLLMJudge) -> None:
+    request = without_engine._request(Rubric("praises", "m", {"max_tokens": None}).body("Hello", "Good day"))
+    assert request is not None
+    assert len(request.prompt) + request.params.max_tokens == without_engine._context
+
+
+@pytest.mark.timeout(60)
+def test_nobody_waits_for_an_answer_that_will_not_come(without_engine: VLLMJudge) -> None:
+    with pytest.raises(KeyError, match="nobody thought of this"):
+        without_engine.ask(Rubric("praises", "m").body("Hello", "Good day"))

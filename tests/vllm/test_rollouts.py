@@ -135,6 +135,14 @@ def test_long_prompts_are_sampled_with_seeds_whatever_the_steps_and_the_cache_ho
         sampled(CACHE_GIB, max_num_batched_tokens=200)
 
 
+@pytest.mark.parametrize("option", [{"long_prefill_token_threshold": 64}, {"max_num_scheduled_tokens": 128}])
+def test_options_that_split_prompts_are_refused_on_a_cpu(option: dict[str, int], base: Path) -> None:
+    """The first kills the engine; with the second a prompt that is longer would wait for ever."""
+    sampler = VLLMSampler(PromptEncoder.load(str(base)), options=VLLMOptions(cache_gib=CACHE_GIB, engine=option))
+    with pytest.raises(ConfigError, match=rf"{next(iter(option))}=.*on a CPU vLLM cannot split prompts"):
+        sampler.sample([Request(name="a", prompt=(5, 6, 7), seed=1)], temperature=0.9, max_new_tokens=200, batch_size=1)
+
+
 def test_where_bfloat16_rounds_two_tokens_to_a_tie_either_may_come(tmp_path: Path) -> None:
     """Greedy tokens of a bfloat16 model: the same up to the first place where the best two are a rounding apart."""
     model = vllm_model("qwen3", tmp_path / "model", dtype=torch.bfloat16)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -48,6 +50,7 @@ class Engine:
         dtype: of the forward pass.
         max_model_len: longest sequence in tokens, with what is generated.
         options: how to run.
+        device: "auto", or what the installed vLLM runs on.
         **arguments: further arguments of `vllm.LLM`.
 
     Attributes:
@@ -55,7 +58,7 @@ class Engine:
 
     Raises:
         MissingDependencyError: vLLM is not installed.
-        ConfigError: its version is not supported, or the devices do not suffice.
+        ConfigError: its version is not supported, it runs on another device, or the devices do not suffice.
         EngineError: an engine does not start.
     """
 
@@ -67,17 +70,19 @@ class Engine:
         dtype: str,
         max_model_len: int,
         options: VLLMOptions,
+        device: str = "auto",
         **arguments: Any,
     ) -> None:
-        require_vllm(purpose)
+        version = require_vllm(purpose)
         from vllm import LLM
-        from vllm.exceptions import VLLMError
         from vllm.platforms import current_platform
 
         from pairtrace.engine.vllm.connector import end_waits_of_the_dead
 
         _require_arguments(options)
         self.device = str(current_platform.device_type)
+        if device not in ("auto", self.device):
+            raise ConfigError(f"--device is {device!r}, but the installed vLLM runs on {self.device!r}")
         cpu = self.device == "cpu"
         settings: dict[str, Any] = {
             "model": str(model),
@@ -101,16 +106,17 @@ class Engine:
         self._engines: list[Any] = []
         self._models: list[Any] = []
         self._asked = 0
+        logger.info("starting vLLM %s for %s, which takes a while", version, purpose)
         try:
             for replica in range(options.data_parallel):
-                with _devices_of(replica, options, self.device):
+                with _devices_of(replica, options, self.device), _interruptible():
                     self._models.append(LLM(**settings))
                 self._engines.append(self._models[-1].llm_engine)
                 end_waits_of_the_dead(self._models[-1])
-        except PairtraceError:
+        except (PairtraceError, KeyboardInterrupt, SystemExit):
             self.close()
             raise
-        except (VLLMError, ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # vLLM checks some arguments by failing on them, with errors of any kind
             self.close()
             raise EngineError(
                 f"vLLM does not start for {purpose}: {str(error).strip()}; what its processes said is above. If memory "
@@ -211,6 +217,34 @@ def _require_arguments(options: VLLMOptions) -> None:
     unknown = sorted(set(options.engine) - {field.name for field in fields(EngineArgs)})
     if unknown:
         raise ConfigError(f"--engine-option names {', '.join(unknown)}, which this vLLM does not know")
+
+
+class _Interrupted(BaseException):
+    """What SIGINT raises while an engine starts."""
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C end the start of an engine.
+
+    vLLM 0.32 swallows a KeyboardInterrupt there (`zmq_socket_ctx`), and then waits ten minutes for an engine that the
+    same Ctrl-C has ended.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise _Interrupted
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except _Interrupted:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from pairtrace.engine.prompt_encoder import PromptEncoder
 from pairtrace.engine.sampling import decode
 from pairtrace.engine.vllm.engine import Engine, EngineRequest
 from pairtrace.engine.vllm.options import VLLMOptions
-from pairtrace.errors import ConfigError, DataError, EngineError
+from pairtrace.errors import ConfigError, DataError
 
 Answer = TypeVar("Answer")
 
@@ -70,7 +70,7 @@ class VLLMJudge:
         """One question about a response; the verdict, or its absence with the reason.
 
         Raises:
-            ConfigError: the request holds a setting that is not known here.
+            ConfigError: the request holds a setting that is not known or not possible here.
             EngineError: the engine died.
         """
         found = self.answer(body, read_verdict)
@@ -88,7 +88,7 @@ class VLLMJudge:
             What `read` made of the answer; `REQUEST_REFUSED` where the question does not fit into the context.
 
         Raises:
-            ConfigError: the request holds a setting that is not known here.
+            ConfigError: the request holds a setting that is not known or not possible here.
             EngineError: the engine died.
         """
         request = self._request(body)
@@ -112,6 +112,7 @@ class VLLMJudge:
     def _request(self, body: dict[str, Any]) -> EngineRequest | None:
         """None for a question that does not fit."""
         from vllm import SamplingParams
+        from vllm.exceptions import VLLMClientError
         from vllm.sampling_params import StructuredOutputsParams
 
         unknown = sorted(body.keys() - _KNOWN)
@@ -120,25 +121,34 @@ class VLLMJudge:
                 f"the request of the judge holds {', '.join(unknown)}, which --backend vllm does not know; known are "
                 f"{', '.join(sorted(_KNOWN))}"
             )
-        room = int(body["max_tokens"])
         try:
             prompt = self._encoder.encode("the question", body["messages"])
         except DataError as error:
             raise ConfigError(f"{self.address} cannot be asked: {error}") from error
-        if len(prompt) + room > self._context:
-            return None
-        schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
-        # Without the whitespace that the schema allows anywhere, and that a weak model may go on writing.
-        structure = None if schema is None else StructuredOutputsParams(json=schema, disable_any_whitespace=True)
-        params = SamplingParams(
-            temperature=float(body.get("temperature", 0.0)),
-            top_p=float(body.get("top_p", 1.0)),
-            seed=body.get("seed"),
-            max_tokens=room,
-            stop_token_ids=list(self._encoder.end_tokens),
-            detokenize=False,
-            structured_outputs=structure,
-        )
+        try:
+            # As for a server: without a limit an answer may fill the context.
+            room = int(body.get("max_tokens", max(1, self._context - len(prompt))))
+            if len(prompt) + room > self._context:
+                return None
+            schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
+            # Without the whitespace that the schema allows anywhere, and that a weak model may go on writing.
+            structure = None if schema is None else StructuredOutputsParams(json=schema, disable_any_whitespace=True)
+            params = SamplingParams(
+                temperature=float(body.get("temperature", 0.0)),
+                top_p=float(body.get("top_p", 1.0)),
+                seed=body.get("seed"),
+                max_tokens=room,
+                stop_token_ids=list(self._encoder.end_tokens),
+                detokenize=False,
+                structured_outputs=structure,
+            )
+        except (VLLMClientError, AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"the request of the judge holds a setting that vLLM refuses: {error}") from error
+        if params.temperature > 0 and params.seed is not None and self._engine.device == "cpu":
+            raise ConfigError(
+                "the request of the judge holds a seed and a temperature: on a CPU vLLM dies where a step computes a "
+                "part of a prompt that is sampled with a seed; leave the seed out"
+            )
         return EngineRequest(prompt, params, replica=hash(tuple(prompt)))
 
     def _answer_all(self) -> None:
@@ -155,7 +165,7 @@ class VLLMJudge:
                     lambda position, output, batch=batch: batch.resolve(position, self._read(output)),  # type: ignore[misc]
                     more=batch.more,
                 )
-            except (EngineError, ConfigError) as error:
+            except Exception as error:  # noqa: BLE001 - raised by those who wait, who else would wait for ever
                 batch.fail(error)
             going = not batch.ended
 

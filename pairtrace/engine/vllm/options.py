@@ -13,7 +13,10 @@ BACKENDS = ("hf", "vllm")
 _OURS = frozenset(
     {"model", "dtype", "tensor_parallel_size", "data_parallel_size", "max_model_len", "skip_tokenizer_init",
      "speculative_config", "kv_transfer_config", "worker_extension_cls", "trust_remote_code", "load_format",
-     "generation_config", "kv_cache_memory_bytes", "kv_cache_dtype", "quantization", "pipeline_parallel_size"}
+     "generation_config", "kv_cache_memory_bytes", "kv_cache_dtype", "kv_cache_dtype_skip_layers", "quantization",
+     "quantization_config", "pipeline_parallel_size", "prefill_context_parallel_size", "decode_context_parallel_size",
+     "hf_overrides", "hf_config_path", "model_class_overrides", "disable_sliding_window", "spec_method", "spec_model",
+     "spec_tokens", "runner", "convert", "watermark_config"}
 )  # fmt: skip
 
 

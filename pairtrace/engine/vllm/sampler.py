@@ -18,6 +18,8 @@ from pairtrace.errors import ConfigError
 PURPOSE = "sampling with --backend vllm"
 # Tokens of a forward pass on a CPU, unless a sequence is longer.
 _CPU_STEP = 4096
+# Arguments of `vllm.LLM` that have it split prompts.
+_SPLITTING = ("enable_chunked_prefill", "long_prefill_token_threshold", "max_num_scheduled_tokens")
 
 
 class VLLMSampler:
@@ -153,13 +155,11 @@ class VLLMSampler:
             dtype=self._dtype,
             max_model_len=longest,
             options=self._options,
+            device=self._device,
             skip_tokenizer_init=True,
             **_whole_prompts(self._options, longest),
             **lora,
         )
-        if self._device not in ("auto", engine.device):
-            engine.close()
-            raise ConfigError(f"--device is {self._device!r}, but the installed vLLM runs on {engine.device!r}")
         self._engine, self._longest = engine, longest
         return engine
 
@@ -177,10 +177,11 @@ def _whole_prompts(options: VLLMOptions, longest: int) -> dict[str, Any]:
 
     if current_platform.device_type != "cpu":
         return {}
-    if options.engine.get("enable_chunked_prefill"):
+    splitting = [name for name in _SPLITTING if options.engine.get(name)]
+    if splitting:
         raise ConfigError(
-            "--engine-option enable_chunked_prefill=true: on a CPU vLLM cannot split prompts while it samples with "
-            "seeds; leave the option out"
+            f"--engine-option {splitting[0]}={options.engine[splitting[0]]}: on a CPU vLLM cannot split prompts while "
+            "it samples with seeds; leave the option out"
         )
     step = options.engine.get("max_num_batched_tokens", _CPU_STEP)
     if step < longest:

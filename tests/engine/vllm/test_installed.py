@@ -114,6 +114,9 @@ def test_options_that_do_not_go_together(changes: dict[str, Any], message: str) 
         ({"cache_gib": float("nan")}, "--cache-gib is nan"),
         ({"engine": {"dtype": "float16"}}, "may not set dtype"),
         ({"engine": {"trust_remote_code": True}}, "may not set trust_remote_code"),
+        # Other rows than those that the manifest describes.
+        ({"engine": {"hf_overrides": {"rope_theta": 1.0}}}, "may not set hf_overrides"),
+        ({"engine": {"disable_sliding_window": True}}, "may not set disable_sliding_window"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
