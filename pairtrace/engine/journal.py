@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError
+from pairtrace.store.lock import take_lock
 
 _ADVICE = "repeat the settings that it was made with, choose another output, or delete the file"
 # What a setting was before there was a choice: such runs say nothing of it.
@@ -93,13 +94,13 @@ class Journal:
     def _lock(self) -> None:
         """Two runs that write to one file would cut off each other's lines."""
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(self._file.fileno(), self.path)
         except BlockingIOError as error:
             raise ConfigError(
                 f"another run is writing to {self.path}; wait for it to finish, or choose another output"
             ) from error
-        except OSError:  # some network file systems have no locks
-            pass
+        except OSError as error:
+            raise ConfigError(f"cannot lock {self.path}: {error}") from error
 
     def _close(self) -> None:
         with contextlib.suppress(OSError):

@@ -23,6 +23,21 @@ _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 LOCK_KEY = "status/.lock"
 
 
+def take_lock(handle: int, path: Path) -> None:
+    """Lock an open file for one process, at once; a file system without locks is warned of and taken as it is.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: it cannot be locked for another reason.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        logger.warning("%s: this file system has no locks; make sure that only one writer runs", path)
+
+
 class WriterLock:
     """An exclusive lock on a local store, held until `release` or the end of the process.
 
@@ -37,18 +52,16 @@ class WriterLock:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handle: int | None = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take_lock(self._handle, root)
         except BlockingIOError as error:
             holder = os.read(self._handle, 200).decode("utf-8", "replace").strip() or "another process"
             self._close()
             raise StoreLockedError(
                 f"{root} is being written by {holder}; wait for it to finish, or choose another path"
             ) from error
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                self._close()
-                raise
-            logger.warning("%s: this file system has no locks; make sure that only one writer runs", root)
+        except OSError:
+            self._close()
+            raise
         os.ftruncate(self._handle, 0)
         os.pwrite(self._handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
