@@ -77,7 +77,7 @@ def test_the_table_of_vllm(tables: Any) -> None:
         "workload": {
             "pairs": 64, "data": ["a", "b"], "useful_tokens": 6000, "shape": "s", "layer": 5, "blocks": 8,
             "dtype": "float32", "clock": "processor", "bytes_share_of_long_pairs": 0.004, "sequences": 256,
-            "new_tokens": 64, "rollout_speed_up": 3.0,
+            "new_tokens": 64, "rollout_speed_up": 3.0, "threads": 1, "prompt_tokens": 100,
         },
         "hardware": {"processor": "P", "cores": 2}, "date": "2026-11-28T00:00:00", "claims": [],
     }  # fmt: skip

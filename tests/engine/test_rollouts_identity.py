@@ -99,13 +99,13 @@ def test_rollouts_of_one_back_end_are_never_taken_for_those_of_another(config: R
     identity = made.manifest["identity"]
     assert "backend" not in identity, "files are as they were before there was a choice"
     other = replace(config, backend="vllm")
-    with pytest.raises(DataMismatchError, match="was made with backend None, but this run asks for 'vllm'"):
+    with pytest.raises(DataMismatchError, match="was made with backend 'hf', but this run asks for 'vllm'"):
         sample_rollouts(other)
     out = Path(config.out)
     out.unlink()
     journal = out.with_name(out.name + ".partial.jsonl")
     journal.write_text(json.dumps({"identity": {**identity, "backend": "vllm"}}) + "\n")
-    with pytest.raises(DataMismatchError, match="was made with backend 'vllm', but this run asks for None"):
+    with pytest.raises(DataMismatchError, match="was made with backend 'vllm', but this run asks for 'hf'"):
         sample_rollouts(config)
     journal.write_text(json.dumps({"identity": identity}) + "\n")
     with pytest.raises(DataMismatchError, match="backend"):

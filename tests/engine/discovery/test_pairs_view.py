@@ -18,7 +18,7 @@ from pairtrace.engine import dask_cluster
 from pairtrace.engine.discovery import pairs_view
 from pairtrace.engine.discovery.description import DescriptionConfig
 from pairtrace.engine.discovery.pairs_view import PairsConfig, default_min_cluster_size, discover_pairs
-from pairtrace.engine.discovery.product import Discovered, read_product
+from pairtrace.engine.discovery.product import CLUSTERS_FILE, Discovered, read_product
 from pairtrace.engine.discovery.stability import StabilityConfig
 from pairtrace.engine.ranking import top
 from pairtrace.engine.score import ScoreConfig, score
@@ -176,7 +176,7 @@ def test_an_interrupted_run_leaves_no_product_and_goes_on(
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(pairs_view, "describe", interrupted)
         discover_pairs(config)
-    assert [path.name for path in Path(config.out).iterdir()] == ["reduced.safetensors"]
+    assert {path.name for path in Path(config.out).iterdir()} == {"reduced.safetensors", "status"}
     again = discover_pairs(config)
     assert again.details["reduction"]["reused"] and bits(again) == bits(whole)
 
@@ -222,7 +222,7 @@ def test_what_cannot_be_clustered_is_refused_before_any_work(
     ):
         with pytest.raises(ConfigError):
             replace(config, **{name: value})
-    assert not Path(config.out).exists()
+    assert not (Path(config.out) / CLUSTERS_FILE).exists()
 
 
 def test_workers_that_cannot_see_the_store_say_so(config: PairsConfig, monkeypatch: pytest.MonkeyPatch) -> None:

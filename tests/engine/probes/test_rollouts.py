@@ -181,7 +181,7 @@ def test_refusals(model: str, tmp_path: Path) -> None:
     with pytest.raises(ExamplesError, match="has no judged responses: expected at least one, found 1 without_verdict"):
         read(undecided, model)
     with pytest.raises(ExamplesError, match=r"can read none of the judged responses: .*found 4 prompt_too_long"):
-        read(path, model, max_length=1)
+        read(path, model, max_length=2)
     with pytest.raises(ExamplesError, match="at least 6 prompts"):
         train_probes(ProbeTrainConfig(rollouts=path, model=model, device="cpu", out=str(tmp_path / "p.safetensors")))
     examples = read(path, model, layers=(2,))
