@@ -149,7 +149,7 @@ def cost_table(content: Record) -> str:
                 [
                     f"{one['parameters'] / 1e6:.1f}M" if name == "pairtrace" else "",
                     f"**{name}**" if name == "pairtrace" else name,
-                    str(row["pairs"]),
+                    f"{row['pairs']}, {row['copies']} times" if row["copies"] > 1 else str(row["pairs"]),
                     f"{1e3 * row['seconds_per_pair']:,.0f} ({1e3 * row['lowest']:,.0f} to {1e3 * row['highest']:,.0f})",
                     f"{row['flops_per_pair'] / 1e9:.2f}",
                     f"{row['money_per_pair'] * 1e6:,.1f}",

@@ -8,7 +8,8 @@ reads the last layer. The gradient baseline is LESS for DPO in two forms: batche
 procedure, one pair at a time with four checkpoints. Weights are random, tokenizers are trained on the spot: nothing is
 downloaded. Given are marginal costs of a pair: the difference between all pairs and an eighth of them, so that loading
 and start-up, which do not grow with the data, are left out on both sides; so are rollouts of the behaviour, gradients
-of the target, and the warm-up on a twentieth of the pairs.
+of the target, and the warm-up on a twentieth of the pairs. So few pairs take pairtrace less time than start-up varies
+by; it gets each of them several times over.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class Size:
     Attributes:
         layer: 20/32 of the blocks, rounded up.
         pairs: of every method.
+        copies: of each pair, for pairtrace alone.
     """
 
     hidden: int
@@ -61,12 +63,13 @@ class Size:
     vocabulary: int
     layer: int
     pairs: int
+    copies: int
 
 
 SIZES = {
-    "olmo2-1m": Size(hidden=128, intermediate=320, blocks=4, heads=4, vocabulary=1000, layer=3, pairs=48),
-    "olmo2-14m": Size(hidden=256, intermediate=1280, blocks=8, heads=8, vocabulary=8000, layer=5, pairs=16),
-    "olmo2-69m": Size(hidden=512, intermediate=2048, blocks=8, heads=8, vocabulary=16000, layer=5, pairs=8),
+    "olmo2-1m": Size(hidden=128, intermediate=320, blocks=4, heads=4, vocabulary=1000, layer=3, pairs=48, copies=8),
+    "olmo2-14m": Size(hidden=256, intermediate=1280, blocks=8, heads=8, vocabulary=8000, layer=5, pairs=16, copies=8),
+    "olmo2-69m": Size(hidden=512, intermediate=2048, blocks=8, heads=8, vocabulary=16000, layer=5, pairs=8, copies=4),
 }
 
 
@@ -97,7 +100,7 @@ def make_checkpoint(folder: Path, size: Size) -> int:
     return int(model.num_parameters())
 
 
-def make_data(path: Path, model: Path, count: int, skip: int) -> None:
+def make_data(path: Path, model: Path, count: int, *, skip: int, copies: int = 1) -> None:
     """Rows of the data files in equal parts that the model can use, from the one numbered `skip` of each on."""
     files = data_files()
     renderer = Renderer(load_tokenizer(model), max_length=MAX_LENGTH)
@@ -108,7 +111,7 @@ def make_data(path: Path, model: Path, count: int, skip: int) -> None:
             usable = [pair for pair, fits in zip(pairs, fit, strict=True) if fits]
             for pair in usable[skip : skip + count // len(files)]:
                 texts = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-                stream.write(json.dumps(texts) + "\n")
+                stream.write((json.dumps(texts) + "\n") * copies)
 
 
 class Competitors:
@@ -116,16 +119,18 @@ class Competitors:
 
     def __init__(self, folder: Path, model: Path, size: Size, pairs: int) -> None:
         self.model, self.size = model, size
-        self.data, self.target = folder / "pairs.jsonl", folder / "target.jsonl"
-        make_data(self.data, model, pairs, skip=TARGET_PAIRS)
+        self.copied, self.target = folder / "copied.jsonl", folder / "target.jsonl"
+        data = folder / "pairs.jsonl"
+        make_data(data, model, pairs, skip=TARGET_PAIRS)
+        make_data(self.copied, model, pairs, skip=TARGET_PAIRS, copies=size.copies)
         make_data(self.target, model, TARGET_PAIRS, skip=0)
         self.store = folder / "kept" / "acts.zarr"
-        self._extract(self.store, size.layer)
+        self._extract(data, self.store, size.layer)
 
-    def _extract(self, store: Path, layer: int) -> None:
+    def _extract(self, data: Path, store: Path, layer: int) -> None:
         store.parent.mkdir(parents=True)
         config = ExtractConfig(
-            data=str(self.data),
+            data=str(data),
             model=str(self.model),
             layers=(layer,),
             store=str(store),
@@ -136,7 +141,7 @@ class Competitors:
 
     def activation(self, folder: Path, layer: int) -> list[CostRecord]:
         store, direction, out = folder / "acts.zarr", folder / "direction.safetensors", folder / "scores.parquet"
-        self._extract(store, layer)
+        self._extract(self.copied, store, layer)
         values = np.random.default_rng(0).standard_normal((1, self.size.hidden), dtype=np.float32)
         save_directions(
             direction, [Direction(name="behavior", layer=layer, values=values, kind="vector", origin="random")], {}
@@ -193,14 +198,16 @@ def measure(folder: Path, size: Size, rounds: int) -> dict[str, Any]:
     few, all_pairs = (Competitors(place, model, size, count) for place, count in zip(places, counts, strict=True))
     costs: dict[str, list[Cost]] = {}
     start_up: dict[str, float] = {}
+    few.runs()[OURS](folder / "warm-up")
     for number in range(rounds):
         for place, name in enumerate(few.runs()):
+            copies = size.copies if name in (OURS, OURS_LAST) else 1
             ends = [
                 Cost.of(one.runs()[name](where / f"round-{number}-{place}"))
                 for one, where in zip((few, all_pairs), places, strict=True)
             ]
-            costs.setdefault(name, []).append(ends[1].per_pair(ends[0], counts[1] - counts[0]))
-            start_up[name] = ends[0].seconds - costs[name][-1].seconds * counts[0]
+            costs.setdefault(name, []).append(ends[1].per_pair(ends[0], (counts[1] - counts[0]) * copies))
+            start_up[name] = ends[0].seconds - costs[name][-1].seconds * counts[0] * copies
             say(f"  round {number + 1}/{rounds}  {name}: {costs[name][-1].seconds:.4f} s a pair")
     timings = {name: Timing.of([one.seconds for one in runs]) for name, runs in costs.items()}
     return {
@@ -210,6 +217,7 @@ def measure(folder: Path, size: Size, rounds: int) -> dict[str, Any]:
         "methods": {
             name: {
                 "pairs": size.pairs,
+                "copies": size.copies if name in (OURS, OURS_LAST) else 1,
                 "runs": timing.runs,
                 "seconds_per_pair": timing.median,
                 "lowest": timing.lowest,
