@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError
-from pairtrace.store.lock import take_lock
+from pairtrace.store.lock import give_lock_back, take_lock
 
 _ADVICE = "repeat the settings that it was made with, choose another output, or delete the file"
 # What a setting was before there was a choice: such runs say nothing of it.
@@ -65,18 +64,17 @@ class Journal:
             self._file = self.path.open("a+b")
         except OSError as error:
             raise ConfigError(f"cannot write {self.path}: {error}") from error
-        try:
+        with ExitStack() as undo:
+            undo.callback(self._close)
+            self._lock()
             self._read()
-        except BaseException:
-            self._close()
-            raise
+            undo.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._close()
 
     def _read(self) -> None:
-        self._lock()
         self._file.seek(0)
         valid = 0
         for number, (line, entry) in enumerate(self._lines()):
@@ -103,8 +101,7 @@ class Journal:
             raise ConfigError(f"cannot lock {self.path}: {error}") from error
 
     def _close(self) -> None:
-        with contextlib.suppress(OSError):
-            fcntl.flock(self._file, fcntl.LOCK_UN)  # else a forked process would keep it
+        give_lock_back(self._file.fileno())
         self._file.close()
 
     def append(self, entries: Iterable[Mapping[str, Any]]) -> None:

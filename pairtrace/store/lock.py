@@ -38,6 +38,12 @@ def take_lock(handle: int, path: Path) -> None:
         logger.warning("%s: this file system has no locks; make sure that only one writer runs", path)
 
 
+def give_lock_back(handle: int) -> None:
+    """End what `take_lock` began; closing the file alone would leave the lock to forked processes that share it."""
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_UN)
+
+
 class WriterLock:
     """An exclusive lock on a local store, held until `release` or the end of the process.
 
@@ -68,8 +74,7 @@ class WriterLock:
     def release(self) -> None:
         """Let another process write."""
         if self._handle is not None:
-            with contextlib.suppress(OSError):  # a file system without locks; closing is enough then
-                fcntl.flock(self._handle, fcntl.LOCK_UN)
+            give_lock_back(self._handle)
             self._close()
 
     def _close(self) -> None:
