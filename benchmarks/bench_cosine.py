@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from activations import DISTINCT_ROWS, PRODUCTION_ROWS, PRODUCTION_WIDTH, distinct_rows, repeated
 from cosine_competitors import Competitor, FaissPieces, competitors
-from harness import Claim, Timing, at_least, interleave, optional, parser, record, say
+from harness import Claim, Timing, at_least, interleave, optional, parser, record, say, two_threads
 from plain_read import read_memory
 
 from pairtrace.kernels.int8 import ScaledRows, encode_int8
@@ -253,7 +253,7 @@ def claims_of(runs: dict[int, list[Run]]) -> list[Claim]:
 def main(arguments: list[str] | None = None) -> None:
     add = parser(__doc__ or "")
     add.add_argument("--rows", type=int, default=None, help=f"[default: {PRODUCTION_ROWS}]")
-    add.add_argument("--threads", type=int, default=2, help="of every competitor")
+    add.add_argument("--threads", type=int, default=two_threads(), help="of every competitor")
     add.add_argument("--budget", type=float, default=1.0, help="seconds that one run of a competitor may take")
     options = add.parse_args(arguments)
     options.budget = min(options.budget, 0.05) if options.quick else options.budget

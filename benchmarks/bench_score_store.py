@@ -35,7 +35,7 @@ from activations import (
     make_manifest,
     write_store,
 )
-from harness import Claim, Timing, at_least, at_most, interleave, parser, record, say, workspace
+from harness import Claim, Timing, at_least, at_most, interleave, parser, record, say, two_threads, workspace
 from plain_read import drop_from_cache, files_below, read_files, read_files_in_threads, resident_share
 
 CURVE = (100_000, PRODUCTION_ROWS, 1_000_000)
@@ -188,7 +188,7 @@ def claims_of(results: dict[str, Any], sizes: tuple[int, ...]) -> list[Claim]:
 def main(arguments: list[str] | None = None) -> None:
     add = parser(__doc__ or "")
     add.add_argument("--dir", type=Path, default=None, help="where the temporary stores go [default: the system's]")
-    add.add_argument("--threads", type=int, default=2, help="of the parallel plain read")
+    add.add_argument("--threads", type=int, default=two_threads(), help="of the parallel plain read")
     add.add_argument("--rounds", type=int, default=None, help="[default: 7]")
     options = add.parse_args(arguments)
     sizes, width, shard_rows = (QUICK_CURVE, 256, 256) if options.quick else (CURVE, PRODUCTION_WIDTH, SHARD_ROWS)

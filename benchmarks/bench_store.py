@@ -20,7 +20,7 @@ from typing import Any
 import numba
 import numpy as np
 from activations import PRODUCTION_WIDTH, SHARD_ROWS
-from harness import Timing, at_least, at_most, interleave, parser, record, say, workspace
+from harness import Timing, at_least, at_most, interleave, parser, record, say, two_threads, workspace
 from plain_read import as_words, files_below, sum_in_prange
 from row_files import MEMMAP, Store, all_ways
 
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     add = parser(__doc__ or "")
     add.add_argument("--dir", type=Path, default=None, help="where the temporary files go [default: the system's]")
     add.add_argument("--rows", type=int, default=None, help="[default: 100000]")
-    add.add_argument("--threads", type=int, default=2, help="that add up the words")
+    add.add_argument("--threads", type=int, default=two_threads(), help="that add up the words")
     options = add.parse_args(arguments)
     numba.set_num_threads(options.threads)
     count, width, shard_rows = (2_000, 256, 256) if options.quick else (100_000, PRODUCTION_WIDTH, SHARD_ROWS)

@@ -30,6 +30,11 @@ LIBRARIES = (
 )  # fmt: skip
 
 
+def two_threads() -> int:
+    """Two, or one where the process may run on no more."""
+    return min(2, len(os.sched_getaffinity(0)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timing:
     """Seconds of one competitor: the median, the extremes and every run."""
