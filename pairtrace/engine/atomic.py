@@ -1,4 +1,4 @@
-"""Output files appear complete or not at all."""
+"""Output files appear complete or not at all, and in a directory that one run alone writes to."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pairtrace.errors import ConfigError
+from pairtrace.store.lock import WriterLock
 
 
 def require_writable(path: str | Path) -> None:
@@ -24,6 +25,23 @@ def require_writable(path: str | Path) -> None:
         raise ConfigError(f"cannot write {path}: {place} is a file, not a directory; choose another place")
     if not os.access(place, os.W_OK | os.X_OK):
         raise ConfigError(f"cannot write {path}: no permission to write to {place}; choose another place")
+
+
+@contextmanager
+def one_writer(out: str | Path) -> Iterator[None]:
+    """Make the directory of a run, and keep other runs away from it: two would mix their files.
+
+    Raises:
+        ConfigError: it cannot be written.
+        StoreLockedError: another run is at it.
+    """
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        lock = WriterLock(Path(out))
+    except OSError as error:
+        raise ConfigError(f"cannot write to {out}: {error}; choose another --out") from error
+    with lock:
+        yield
 
 
 @contextmanager

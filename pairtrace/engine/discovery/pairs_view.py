@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pairtrace.engine.atomic import one_writer
 from pairtrace.engine.baselines.store_pairs import open_store_data
 from pairtrace.engine.cost import CostMeter, costs_path
 from pairtrace.engine.dask_cluster import discovery_client, require_store
 from pairtrace.engine.discovery.chunk_tasks import chosen_rows
 from pairtrace.engine.discovery.clustering import ClusterConfig, Clustering, cluster
 from pairtrace.engine.discovery.description import ClusteredItems, DescriptionConfig, describe, store_inputs
-from pairtrace.engine.discovery.product import Discovered, one_writer, require_directory, write_product
+from pairtrace.engine.discovery.product import Discovered, require_directory, write_product
 from pairtrace.engine.discovery.reduced_file import REDUCED_FILE, Reduced, read_reduced, write_reduced
 from pairtrace.engine.discovery.reduction import fit_reduction, reduce_rows
 from pairtrace.engine.discovery.stability import recluster_points
@@ -125,7 +126,7 @@ def discover_pairs(config: PairsConfig, progress: Progress = NULL_PROGRESS) -> D
         count = int(chosen.sum())
         size = config.min_cluster_size or default_min_cluster_size(count)
         _require_rows(count, size, store)
-        with one_writer(out), discovery_client(config.scheduler) as client:
+        with discovery_client(config.scheduler) as client, one_writer(out):
             require_store(client, store)
             reduced, reused = _reduced(config, store, layer, chosen, client, progress)
             _require_rows(len(reduced.rows), size, store)

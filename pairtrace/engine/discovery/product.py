@@ -8,8 +8,7 @@ the others: where it is, the product is complete. Letters: n items, C clusters, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,6 @@ from pairtrace.engine.discovery.stability import Stability
 from pairtrace.engine.tables import file_digest
 from pairtrace.engine.versions import library_versions
 from pairtrace.errors import ConfigError, DataError, DataFormatError, PairtraceError
-from pairtrace.store.lock import WriterLock
 
 View = Literal["pairs", "prompts"]
 SCHEMA_VERSION = 1
@@ -155,23 +153,6 @@ def require_directory(out: str | Path) -> None:
     if Path(out).exists() and not Path(out).is_dir():
         raise ConfigError(f"--out is {out}, which is a file; expected a directory, which is made if needed")
     require_writable(Path(out) / CLUSTERS_FILE)
-
-
-@contextmanager
-def one_writer(out: str | Path) -> Iterator[None]:
-    """Make the directory of a discovery, and keep other runs away from it: two would mix their files.
-
-    Raises:
-        ConfigError: it cannot be written.
-        StoreLockedError: another run is at it.
-    """
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        lock = WriterLock(Path(out))
-    except OSError as error:
-        raise ConfigError(f"cannot write to {out}: {error}; choose another --out") from error
-    with lock:
-        yield
 
 
 def write_product(out: str | Path, discovered: Discovered) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pairtrace.engine.atomic import one_writer
 from pairtrace.engine.cost import CostMeter, costs_path
 from pairtrace.engine.dask_cluster import discovery_client
 from pairtrace.engine.discovery.clustering import Clustering
@@ -24,7 +25,7 @@ from pairtrace.engine.discovery.columns import Column
 from pairtrace.engine.discovery.description import ClusteredItems, Description, describe, store_inputs
 from pairtrace.engine.discovery.exemplars import plain_text
 from pairtrace.engine.discovery.flags import NOTHING_JUDGED, shown_shares, verdict_changes
-from pairtrace.engine.discovery.product import Discovered, one_writer, require_directory, write_product
+from pairtrace.engine.discovery.product import Discovered, require_directory, write_product
 from pairtrace.engine.discovery.prompt_bag import BagItem, bag_items
 from pairtrace.engine.discovery.prompt_points import cluster_with_images, points_with_length, reduced_rows
 from pairtrace.engine.discovery.prompt_reading import read_bag

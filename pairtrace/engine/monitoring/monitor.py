@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pairtrace.engine.architectures import check_layers, family_of
+from pairtrace.engine.atomic import one_writer
 from pairtrace.engine.checkpoint import load_config, model_fingerprint, resolve_device, resolve_dtype
 from pairtrace.engine.discovery.flags import shown_shares
 from pairtrace.engine.discovery.prompt_bag import CHANGED, UNCHANGED, PromptBag, bag_items
@@ -34,8 +35,6 @@ from pairtrace.engine.monitoring.watch import Changes, Seen, Watch
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.prompt_encoder import PromptEncoder
 from pairtrace.engine.prompts import load_prompts
-from pairtrace.errors import ConfigError
-from pairtrace.store.lock import WriterLock
 
 if TYPE_CHECKING:
     import torch
@@ -154,11 +153,7 @@ class Monitor:
     def __enter__(self) -> Monitor:
         """Open the log, and let M0 answer where that was not done before."""
         with ExitStack() as stack:
-            try:
-                self._out.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(WriterLock(self._out))
-            except OSError as error:
-                raise ConfigError(f"cannot write to {self._out}: {error}; choose another --out") from error
+            stack.enter_context(one_writer(self._out))
             identity = {
                 **self.config.identity(),
                 **self._sampling,

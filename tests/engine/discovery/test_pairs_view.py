@@ -18,7 +18,7 @@ from pairtrace.engine import dask_cluster
 from pairtrace.engine.discovery import pairs_view
 from pairtrace.engine.discovery.description import DescriptionConfig
 from pairtrace.engine.discovery.pairs_view import PairsConfig, default_min_cluster_size, discover_pairs
-from pairtrace.engine.discovery.product import CLUSTERS_FILE, Discovered, read_product
+from pairtrace.engine.discovery.product import Discovered, read_product
 from pairtrace.engine.discovery.stability import StabilityConfig
 from pairtrace.engine.ranking import top
 from pairtrace.engine.score import ScoreConfig, score
@@ -222,7 +222,7 @@ def test_what_cannot_be_clustered_is_refused_before_any_work(
     ):
         with pytest.raises(ConfigError):
             replace(config, **{name: value})
-    assert not (Path(config.out) / CLUSTERS_FILE).exists()
+    assert not Path(config.out).exists()
 
 
 def test_workers_that_cannot_see_the_store_say_so(config: PairsConfig, monkeypatch: pytest.MonkeyPatch) -> None:
