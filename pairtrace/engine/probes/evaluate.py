@@ -17,7 +17,7 @@ import numpy as np
 from pairtrace.engine.atomic import replacing, require_writable
 from pairtrace.engine.cost import CostMeter, costs_path
 from pairtrace.engine.probes.config import ProbeEvalConfig
-from pairtrace.engine.probes.examples import Examples
+from pairtrace.engine.probes.examples import Examples, reasons_text
 from pairtrace.engine.probes.figures import Figures, figures_of
 from pairtrace.engine.probes.probe_file import Probe, Role, load_probes, trained_prompts
 from pairtrace.engine.probes.train import open_examples
@@ -113,8 +113,8 @@ def evaluate_probes(
     with CostMeter(method="probe", stage="evaluate", device=device, path=path) as meter:
         examples = examples or open_examples(replace(config, layers=layers), meter, progress)
         if not len(examples.labels):
-            reasons = ", ".join(f"{count} {reason}" for reason, count in examples.left_out.items() if count)
-            raise ExamplesError(f"{examples.origin.name}: nothing to evaluate probes on", "examples", reasons or "none")
+            reasons = reasons_text(examples.left_out) or "none"
+            raise ExamplesError(f"{examples.origin.name}: nothing to evaluate probes on", "examples", reasons)
         same_model = require_fit(config.probe, probes, examples)
         usable = np.ones(len(examples.labels), bool)
         if not config.include_training:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,11 @@ from pairtrace.errors import ExamplesError
 
 Block = tuple[np.ndarray, np.ndarray]
 """Positions of some examples, int64 [m], and their activations, float32 [m, D], finite."""
+
+
+def reasons_text(counts: Mapping[str, int]) -> str:
+    """What was left out and why, as messages tell it; "" for nothing."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
 
 
 @dataclass(frozen=True, kw_only=True)

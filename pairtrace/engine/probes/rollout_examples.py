@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,7 @@ import numpy as np
 from pairtrace.engine.cost import CostMeter
 from pairtrace.engine.pair import Pair
 from pairtrace.engine.probes.config import ExamplesConfig
-from pairtrace.engine.probes.examples import Block, Origin, content_digest, numbered, require_finite
+from pairtrace.engine.probes.examples import Block, Origin, content_digest, numbered, reasons_text, require_finite
 from pairtrace.engine.probes.judged_responses import JudgedResponse, read_judged
 from pairtrace.engine.progress import Progress
 from pairtrace.engine.rendered import Quarantined, RenderedPair
@@ -135,10 +135,6 @@ def _rendered(renderer: Renderer, chunk: Sequence[JudgedResponse]) -> list[Rende
     return renderer.render(pairs)
 
 
-def _reasons(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{count} {reason}" for reason, count in counts.items())
-
-
 class RolloutExamples:
     """Judged responses in memory; implements `examples.Examples`."""
 
@@ -178,7 +174,7 @@ class RolloutExamples:
             drawn = np.random.default_rng(config.seed).permutation(len(responses))[: config.max_rows]
             responses = [responses[place] for place in np.sort(drawn).tolist()]
         if not responses:
-            reasons = _reasons(left_out) or "the file is empty"
+            reasons = reasons_text(left_out) or "the file is empty"
             raise ExamplesError(f"{config.rollouts} has no judged responses", "at least one", reasons)
         means, problems = reader.read(responses, meter, progress)
         kept = [place for place in range(len(responses)) if place not in problems]
@@ -186,7 +182,7 @@ class RolloutExamples:
             raise ExamplesError(
                 f"{config.rollouts}: {config.model} can read none of the judged responses",
                 "at least one",
-                _reasons(Counter(problems.values())),
+                reasons_text(Counter(problems.values())),
             )
         origin = Origin(
             name=config.rollouts,
