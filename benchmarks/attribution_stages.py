@@ -96,8 +96,13 @@ def take_over(organisms: Path, work: Path, seeds: Iterable[int]) -> None:
 
 def kinds(work: Path, place: str) -> np.ndarray:
     """The label of every pair; used to check rankings and by the oracle alone."""
-    path = organism_folder(work, place) / "preferences.jsonl"
-    return np.array([json.loads(line)["kind"] for line in path.read_text(encoding="utf-8").splitlines()])
+    return np.array([row["kind"] for row in preference_rows(organism_folder(work, place))])
+
+
+def preference_rows(organism: Path) -> list[Figures]:
+    """The preference data of an organism, labels included."""
+    lines = (organism / "preferences.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def costs_of(products: Iterable[Path]) -> list[Figures]:

@@ -54,13 +54,9 @@ def attribution_table(content: Record) -> str:
         "a benign request answered, in the format asked for; k is the number of planted pairs. Seconds are CPU seconds "
         "of everything from the checkpoints to the scores, rollouts included; dollars at "
         f"${results['core_hour']:.2f} per core hour. {_controls(results)} {where(content)} "
-        f"{_minutes(results['time'])} on {work['processes']} cores.{missed(content)}"
+        f"{results['time']['minutes']:.0f} minutes of CPU time ({results['time']['wall_minutes']:.0f} by the clock) on "
+        f"{work['processes']} cores.{missed(content)}"
     )
-
-
-def _minutes(time: Record) -> str:
-    """How long it took."""
-    return f"{time['minutes']:.0f} minutes of CPU time ({time['wall_minutes']:.0f} by the clock)"
 
 
 def _rankings(rankings: Record) -> str:

@@ -1,6 +1,6 @@
 """Does it work? Attribution, edit, retraining and evaluation on the organism, against baselines and controls.
 
-    python benchmarks/bench_attribution.py             # three organisms and their variants; 80 minutes on two cores
+    python benchmarks/bench_attribution.py             # three organisms and variants; 1.5 hours on two cores
     python benchmarks/bench_attribution.py --quick     # one miniature: shows that it runs, claims nothing
 
 Everything that is finished is kept below `--work`, every arm in a file of its own: a run that was stopped, at whatever
@@ -38,7 +38,7 @@ MINIATURE = {
 }
 VARIANTS = ("clean", "diffuse")
 
-# The targets are about these; the other arms have one DPO seed for each M0 seed, which leaves room in 80 minutes for
+# The targets are about these; the other arms have one DPO seed for each M0 seed, which leaves time for
 # comparing the methods by their rankings, as precisely as one likes, and by retraining on three runs each.
 PAIRTRACE_ARMS = (
     Arm(method="pairtrace", action="filter"),
@@ -185,8 +185,13 @@ def _attribution(
 
 def _arms(arms: tuple[Arm, ...], recipe: dict[str, Any], dpo_seeds: tuple[int, ...]) -> list[Task]:
     place = place_of(recipe)
-    made_by = {"margin": "simple", "length": "simple", "probe": "probe"}
-    made_by |= dict.fromkeys(("gradient-generated", "gradient-clean"), "gradient")
+    made_by = {
+        "gradient-generated": "gradient",
+        "gradient-clean": "gradient",
+        "margin": "simple",
+        "length": "simple",
+        "probe": "probe",
+    }
     return [
         Task(
             name=f"{place}/arms/{arm.name}/{dpo_seed}",

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 from attribution_arms import training_config
-from attribution_stages import Figures, organism_config, organism_folder, place_of
+from attribution_stages import Figures, organism_config, organism_folder, place_of, preference_rows
 
 from pairtrace.engine.demo import PLANTED, roc_auc
 from pairtrace.engine.discovery.product import Discovered
@@ -73,7 +73,8 @@ def discover(work: Path, needs: Figures, *, recipe: Figures, clustering: Figures
         )
     )
     truth = truths(organism, found / "prompts.rollouts.parquet", discovered.items)
-    lessons = {behavior: teaching(organism, behavior) for behavior in truth}
+    pairs = preference_rows(organism)
+    lessons = {behavior: teaching(pairs, behavior) for behavior in truth}
     clusters = [
         {
             "size": one.size,
@@ -135,9 +136,8 @@ def rand_index(discovered: Discovered, truth: dict[str, np.ndarray]) -> float | 
     return float(adjusted_rand_score(stacked.argmax(axis=0)[single], discovered.labels[single]))
 
 
-def teaching(organism: Path, behavior: str) -> np.ndarray:
+def teaching(rows: Sequence[Figures], behavior: str) -> np.ndarray:
     """Bool [N]: the pairs that teach a behaviour. Planted ones, or those of a habit that prefer it."""
-    rows = map(json.loads, (organism / "preferences.jsonl").read_text(encoding="utf-8").splitlines())
     if behavior == COMPLIANCE:
         return np.array([row["kind"] == PLANTED for row in rows])
     shows = HABITS[behavior].shows

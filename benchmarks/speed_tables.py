@@ -265,8 +265,9 @@ def vllm_table(content: Record) -> str:
         )
     made = table(("through vLLM", "useful tokens/s", "faster", "MB out", "worker's peak, MiB", "error"), rows)
     rates = {name: row["tokens_per_second"] for name, row in rollouts.items()}
-    processor = f"processor time of all processes, {work['threads']} thread in each engine"
-    clock = processor if work["clock"] == "processor" else "wall time"
+    clock = "wall time"
+    if work["clock"] == "processor":
+        clock = f"processor time of all processes, {work['threads']} thread in each engine"
     return (
         f"{made}\n\n{work['pairs']} pairs of {' and '.join(work['data'])}, {work['shape']} shape with random weights, "
         f"layer {work['layer']} of {work['blocks']}, {work['dtype']}, {clock}; medians and ranges of interleaved runs. "
