@@ -140,7 +140,9 @@ class ProgressCallback(TrainerCallback):
         self._progress = progress
         self.trainer: GuardedSteps | None = None
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """One more step."""
         assert self.trainer is not None
         self._progress.advance(1, loss=self.trainer.loss_now)
+        # An entry of the log is a mean since the last one, which a run that goes on from a checkpoint does not know.
+        control.should_log = control.should_log or control.should_save

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from pairtrace.cli import app
 from pairtrace.engine.finetuning.finetune import finetune
 from pairtrace.errors import ConfigError, DirectionError, ModelError, ProbeMismatchError
-from tests.engine.finetuning.cases import config_for, largest_difference, probes_of, run, write_probes
+from tests.engine.finetuning.cases import config_for, largest_difference, log_of, probes_of, run, write_probes
 from tests.engine.training.test_resume import StopsAfter
 from tests.models import make_model
 
@@ -42,6 +42,18 @@ def test_resumed_run_gives_the_weights_of_an_uninterrupted_one(
     assert (summary.training["resumed_from"], summary.training["steps"]) == (steps, 6)
     assert largest_difference(out, against) == 0.0
     assert run(small, given, out, **settings(probe)).already_complete
+
+
+def test_log_of_a_resumed_run_is_that_of_an_uninterrupted_one(
+    small: Path, given: Path, probe: Path, tmp_path: Path
+) -> None:
+    """With a checkpoint between two entries, each of which is a mean over two steps."""
+    options = settings(probe, batch_size=2, max_steps=40, save_steps=5)
+    run(small, given, tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config_for(small, given, tmp_path / "m1", **options), StopsAfter(6))
+    assert run(small, given, tmp_path / "m1", **options).training["resumed_from"] == 5
+    assert log_of(tmp_path / "m1") == log_of(tmp_path / "whole")
 
 
 @pytest.mark.slow
