@@ -91,6 +91,8 @@ class EvaluateConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"--seed is {self.seed}; expected 0 or more")
         if not 0 < self.confidence < 1:
             raise ConfigError(f"--confidence is {self.confidence}; expected a number between 0 and 1, such as 0.95")
         if not 0 <= self.temperature < math.inf:

@@ -115,6 +115,8 @@ def load_vectors(config: SteerConfig, tokenizer_fingerprint: str, width: int) ->
             )
     is_file = config.directions.endswith(".safetensors")
     roles = read_manifest(config.directions).get("roles", {}) if is_file else {}
+    if not isinstance(roles, dict):
+        raise DirectionError(f"{config.directions}: the manifest is damaged: roles is {roles!r}")
     vectors = [one for one in found if one.kind == "vector"]
     if config.behavior is not None:
         chosen = [one for one in vectors if one.name == config.behavior]

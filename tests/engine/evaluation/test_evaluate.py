@@ -339,6 +339,7 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
     ({"samples": 3}, "--samples to 1"),
     ({"label_column": "x"}, "--rollouts was not given"),
     ({"confidence": 1.0}, "--confidence is 1.0"),
+    ({"seed": -1}, "--seed is -1"),
     ({"conditions": ("loud",)}, "--conditions is 'loud'"),
     ({"out": "report.txt"}, "reports end in .json"),
     ({"batch_size": 0}, "--batch-size is 0"),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from pairtrace.engine.architectures import FAMILIES, Family
+from pairtrace.engine.directions import load_directions, save_directions
 from pairtrace.engine.probes.probe_file import save_probes
 from pairtrace.engine.steering import arms as arms_module
 from pairtrace.engine.steering import steer as module
@@ -303,6 +304,9 @@ def test_which_vector(model: str, tmp_path: Path) -> None:
     save_probes(path, [probes[0], make_probe(name="other", width=WIDTH, layer=2)], {})
     with pytest.raises(ConfigError, match="choose one with --behavior: harm, other"):
         chosen()
+    save_directions(path, load_directions(path), {"roles": ["training"]})
+    with pytest.raises(DirectionError, match=r"the manifest is damaged: roles is \['training'\]"):
+        chosen()
 
 
 def test_refusals(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -336,6 +340,7 @@ def test_refusals(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"controls": -1}, "--controls is -1"),
         ({"norm_responses": 0}, "--norm-responses is 0"),
         ({"temperature": -1.0}, "--temperature is -1"),
+        ({"seed": -1}, "--seed is -1"),
         ({"out": "r.txt"}, "reports end in .json"),
     ],
 )
