@@ -52,6 +52,13 @@ def _finetune(
         str | None, typer.Option(help="Layers of the probes, comma-separated [default: the best one of the file].")
     ] = None,
     probe_weight: Annotated[float, typer.Option(help="sft: weight of the probability; 0 only looks.")] = 1.0,
+    imitate_below: Annotated[
+        float | None,
+        typer.Option(
+            help="sft: imitate only the given responses to which the probe gives less than this; the others have a "
+            "part in the probe's term alone [default: imitate all]."
+        ),
+    ] = None,
     signal: Annotated[
         str, typer.Option(help="What is trained against: probe, or as a control classifier, judge or none.")
     ] = "probe",

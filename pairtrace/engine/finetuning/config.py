@@ -20,7 +20,7 @@ _OF_DPO = frozenset(
     + ("temperature", "max_new_tokens", "sample_batch", "min_gap")
     + ("monitor", "monitor_steps", "monitor_rules", "monitor_known", "monitor_stop")
 )
-_OF_SFT = frozenset(("prompt", "completion", "split", "limit", "probe_weight", "threshold"))
+_OF_SFT = frozenset(("prompt", "completion", "split", "limit", "probe_weight", "imitate_below", "threshold"))
 _OF_PAIRS = ("format", "chosen", "rejected", "source")
 # They name what is recorded by its content instead.
 _BY_CONTENT = frozenset(("probe", "classifier", "rules", "sample_batch"))
@@ -41,6 +41,9 @@ class FinetuneConfig(TrainConfig):
             with another signal the training probes as well, are looked at and never have a part in the loss.
         probe_layers: layers of the probes, several of which are an ensemble; None for the best one of the file.
         probe_weight: of the probability in the loss of "sft"; 0 only looks.
+        imitate_below: "sft" against a probe imitates only the given responses that the probe gives less than this
+            probability, in the mean over several, as the untrained model reads them; the other ones have a part in the
+            term alone. None imitates all, as published.
         classifier: directory of a transformers sequence classifier of responses.
         classifier_label: its label that stands for the behaviour; None for the last one.
         rules: rule file of the judge; None for the refusal rules, by which complying is the behaviour.
@@ -60,6 +63,7 @@ class FinetuneConfig(TrainConfig):
     probe: str | None = None
     probe_layers: tuple[int, ...] | None = None
     probe_weight: float = 1.0
+    imitate_below: float | None = None
     classifier: str | None = None
     classifier_label: str | None = None
     rules: str | None = None
@@ -81,6 +85,7 @@ class FinetuneConfig(TrainConfig):
         self._check("samples", lambda value: value >= 2, "at least 2: a pair needs two responses")
         self._check("probe_weight", lambda value: value >= 0, "0 or more")
         self._check("threshold", lambda value: 0 < value <= 1, "a probability above 0")
+        self._check("imitate_below", lambda value: value is None or 0 < value <= 1, "a probability above 0")
         self._check("min_gap", lambda value: 0 <= value < 1, "a number from 0 to below 1")
         self._require_signal()
         foreign = sorted(_OF_DPO if self.method == "sft" else _OF_SFT)
@@ -99,6 +104,8 @@ class FinetuneConfig(TrainConfig):
             if getattr(self, name) is not None and self.signal != signal:
                 option = "--" + name.replace("_", "-")
                 raise ConfigError(f"{option} belongs to --signal {signal}, but the signal is {self.signal}")
+        if self.imitate_below is not None and self.signal != "probe":
+            raise ConfigError(f"--imitate-below belongs to --signal probe, but the signal is {self.signal}")
         if self.signal == "classifier" and self.classifier is None:
             raise ConfigError("no classifier was given; name its directory with --classifier")
 

@@ -17,7 +17,7 @@ from pairtrace.errors import ConfigError
 
 if TYPE_CHECKING:
     from pairtrace.engine.finetuning.chosen_probes import ChosenProbes
-    from pairtrace.engine.finetuning.signals import ResponseSignal
+    from pairtrace.engine.finetuning.signals import ProbeSignal, ResponseSignal
 
 RECORD = "pairtrace_finetune.json"
 
@@ -92,15 +92,17 @@ def _finetune_sft(config: FinetuneConfig, progress: Progress) -> FinetuneSummary
     job = Job.prepare(config, config.open_responses)
     prints = job.identity["model_fingerprint"], job.identity["tokenizer_fingerprint"]
     probes = ChosenProbes.of(config, *prints)
-    control = control_signal(config)
-    job = replace(job, identity={**job.identity, **_signal_identity(probes, control)})
+    signal = control_signal(config)
+    if config.imitate_below is not None:
+        signal = _probe_signal(config, probes, config.data)
+    job = replace(job, identity={**job.identity, **_signal_identity(probes, signal)})
     done = directory.finished(job.identity)
     if done is not None:
         return FinetuneSummary(**{**done["summary"], "already_complete": True})
     lock = directory.begin(job.identity)
     try:
         with training_process(config.threads):
-            outcome = run_sft(job, config, probes, control, directory, progress)
+            outcome = run_sft(job, config, probes, signal, directory, progress)
         summary = _summary(
             config,
             probes,
@@ -126,9 +128,7 @@ def _finetune_dpo(config: FinetuneConfig, progress: Progress) -> FinetuneSummary
     from pairtrace.engine.finetuning.chosen_probes import ChosenProbes
     from pairtrace.engine.finetuning.probe_watch import ProbeWatch
     from pairtrace.engine.finetuning.sampled_pairs import write_pairs
-    from pairtrace.engine.finetuning.signals import ProbeSignal, control_signal
-    from pairtrace.engine.probes.config import ExamplesConfig
-    from pairtrace.engine.probes.rollout_examples import ResponseReader
+    from pairtrace.engine.finetuning.signals import control_signal
     from pairtrace.engine.prompt_encoder import PromptEncoder
     from pairtrace.engine.prompts import load_prompts
     from pairtrace.engine.versions import library_versions
@@ -141,17 +141,7 @@ def _finetune_dpo(config: FinetuneConfig, progress: Progress) -> FinetuneSummary
     preferences = Path(f"{config.out}.preferences.jsonl")
     signal = control_signal(config)
     if probes.trained:
-        reading = ExamplesConfig(
-            rollouts=str(preferences),
-            model=config.model,
-            layers=tuple(sorted({probe.layer for probe in probes.trained})),
-            device=config.device,
-            max_length=config.max_length or 0,
-            truncation=config.truncation,
-            chat_template=config.chat_template,
-            template_date=config.template_date,
-        )
-        signal = ProbeSignal(probes=probes.trained, digest=probes.digest, reader=ResponseReader.prepare(reading))
+        signal = _probe_signal(config, probes, str(preferences))
     identity = {
         **config.identity(),
         "model_fingerprint": prints[0],
@@ -188,6 +178,25 @@ def _finished(out: str, identity: dict[str, Any]) -> FinetuneSummary | None:
         return None
     done = RunDirectory(out, "finetune").finished(identity)
     return None if done is None else FinetuneSummary(**{**done["summary"], "already_complete": True})
+
+
+def _probe_signal(config: FinetuneConfig, probes: ChosenProbes, responses: str) -> ProbeSignal:
+    """The probes that are trained against, as they rate the untrained model's activations."""
+    from pairtrace.engine.finetuning.signals import ProbeSignal
+    from pairtrace.engine.probes.config import ExamplesConfig
+    from pairtrace.engine.probes.rollout_examples import ResponseReader
+
+    reading = ExamplesConfig(
+        rollouts=responses,
+        model=config.model,
+        layers=tuple(sorted({probe.layer for probe in probes.trained})),
+        device=config.device,
+        max_length=config.max_length or 0,
+        truncation=config.truncation,
+        chat_template=config.chat_template,
+        template_date=config.template_date,
+    )
+    return ProbeSignal(probes=probes.trained, digest=probes.digest, reader=ResponseReader.prepare(reading))
 
 
 def _signal_identity(probes: ChosenProbes, signal: ResponseSignal | None) -> dict[str, Any]:

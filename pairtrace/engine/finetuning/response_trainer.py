@@ -6,8 +6,9 @@ over its responses of the probes' probability, however many forward passes the s
     L = -1/T sum_t log p(y_t | y_<t) + w/B sum_b P(mean over the response tokens of b of the residual stream)
 
 (arXiv 2510.21531). The probes are frozen; the gradient of P goes through all blocks up to the layer of the probe.
+Responses that are not to be imitated have no part in the first sum.
 
-Legend: B responses of a step, T response tokens of a step.
+Legend: B responses of a step, T response tokens of a step that are imitated.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
@@ -36,6 +38,7 @@ class ResponseTrainer(GuardedSteps, SFTTrainer):
         model: to train.
         args: of TRL.
         examples: the responses to train on.
+        imitated: bool [N], those whose log-probability counts; for the others the term alone does.
         batches: their order.
         term: the probes to train against; None for plain fine-tuning.
         weight: of the term.
@@ -51,6 +54,7 @@ class ResponseTrainer(GuardedSteps, SFTTrainer):
         args: SFTConfig,
         *,
         examples: list[RenderedExample],
+        imitated: np.ndarray,
         batches: StepBatches,
         term: ProbeTerm | None,
         weight: float,
@@ -62,7 +66,7 @@ class ResponseTrainer(GuardedSteps, SFTTrainer):
         from datasets import Dataset
 
         assert term is None or watch is not None
-        self._examples = examples
+        self._examples, self._imitated = examples, imitated
         self._term = term
         self._weight = weight
         self._probes = watch
@@ -77,8 +81,10 @@ class ResponseTrainer(GuardedSteps, SFTTrainer):
         indices = [row["index"] for row in rows]
         sides = [(self._examples[index].ids, self._examples[index].start) for index in indices]
         batch = pad_sides(sides, self._tokenizer.pad_token_id or 0)
-        labels = batch["input_ids"].masked_fill(batch.pop("completion_mask") == 0, _NO_LOSS)
-        return {**batch, "labels": labels, "indices": indices}
+        response = batch.pop("completion_mask") != 0
+        imitated = response & torch.from_numpy(self._imitated[indices, None])
+        labels = batch["input_ids"].masked_fill(~imitated, _NO_LOSS)
+        return {**batch, "labels": labels, "response": response, "indices": indices}
 
     def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
         return dataset  # rendered already, with reasons for what is left out
@@ -97,7 +103,7 @@ class ResponseTrainer(GuardedSteps, SFTTrainer):
             ProbeMismatchError: the model has another width than the probes.
         """
         indices = inputs.pop("indices")
-        mask = inputs["labels"] != _NO_LOSS
+        mask = inputs.pop("response")
         with self._reading(model, mask) as states:
             loss = super().compute_loss(model, inputs, *arguments, **keywords)
             # TRL divides by the tokens of the whole step where it knows them, and by the number of passes else.

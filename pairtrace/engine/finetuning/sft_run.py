@@ -35,7 +35,7 @@ from pairtrace.engine.training.pair_trainer import drop_attention_mask, quiet_li
 from pairtrace.engine.training.run_directory import COSTS, RunDirectory
 from pairtrace.engine.training.saving import save_checkpoint
 from pairtrace.engine.training.steps import ProgressCallback
-from pairtrace.errors import ConfigError, PairtraceError
+from pairtrace.errors import ConfigError, DataError, PairtraceError
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def run_sft(
     job: Job[ExampleSource],
     config: FinetuneConfig,
     probes: ChosenProbes,
-    control: ResponseSignal | None,
+    signal: ResponseSignal | None,
     directory: RunDirectory,
     progress: Progress,
 ) -> Outcome:
@@ -56,7 +56,8 @@ def run_sft(
         job: what to train on what.
         config: the settings of `job`.
         probes: to train against and to look at.
-        control: leaves out given responses instead; None for none.
+        signal: a control, which leaves out given responses instead, or what tells which of them are imitated; None for
+            neither.
         directory: of the run.
         progress: receives its stages.
 
@@ -66,11 +67,19 @@ def run_sft(
         TrainingError: the loss or a gradient is not finite.
     """
     costs: dict[str, Any] = {"device": job.device, "path": directory.partial / COSTS, "resumed": True}
-    refused: list[Quarantined] = []
-    if control is not None:
+    selected: list[Quarantined] = []
+    if signal is not None:
         with CostMeter(method=METHOD, stage="select", **costs) as meter:
-            refused = list(_refused(job.source, control, config, meter, progress))
-    rows = read_example_rows(job.source, job.renderer, refused, progress)
+            selected = list(_selected(job.source, signal, config, meter, progress))
+    against_probe = config.signal == "probe"
+    rows = read_example_rows(job.source, job.renderer, [] if against_probe else selected, progress)
+    not_imitated = {one.row for one in selected} if against_probe else set()
+    imitated = np.array([example.row not in not_imitated for example in rows.examples])
+    if not imitated.any():
+        raise DataError(
+            f"none of the {len(imitated):,} responses can be imitated: the probe gives all of them "
+            f"{config.imitate_below} or more, --imitate-below; raise it"
+        )
     checkpoint = directory.last_checkpoint()
     stored = load_config(job.base)
     model = load_model(AutoModelForCausalLM, job.base, copy.deepcopy(stored), job.weights_dtype)
@@ -81,7 +90,7 @@ def run_sft(
         head_for_cpu(model.config.get_text_config().vocab_size, job.device),
         CostMeter(method=METHOD, stage="train", **costs) as meter,
     ):
-        trainer, steps = _trainer(job, config, probes, rows, model, directory, meter, progress)
+        trainer, steps = _trainer(job, config, probes, rows, imitated, model, directory, meter, progress)
         progress.start("train", steps, "steps")
         if checkpoint is not None:
             logger.info("going on from %s", checkpoint)
@@ -101,6 +110,7 @@ def run_sft(
     figures = {
         "rows": job.source.rows,
         "trained": len(rows.examples),
+        "imitated": int(imitated.sum()),
         "dropped": len(rows.dropped),
         "reasons": rows.reasons,
         "steps": done,
@@ -112,18 +122,25 @@ def run_sft(
     return Outcome(figures=figures, dropped=rows.dropped_records(), log=log)
 
 
-def _refused(
-    source: ExampleSource, control: ResponseSignal, config: FinetuneConfig, meter: CostMeter, progress: Progress
+def _selected(
+    source: ExampleSource, signal: ResponseSignal, config: FinetuneConfig, meter: CostMeter, progress: Progress
 ) -> Iterator[Quarantined]:
-    """The rows that a control leaves out."""
+    """The rows that show the behaviour, or of which the signal knows nothing."""
+    threshold = config.threshold if config.imitate_below is None else config.imitate_below
     examples = [example for example in source.read() if not example.problem and example.response.strip()]
+    texts = [example.row for example in examples if isinstance(example.prompt, str)]
+    if config.signal == "probe" and texts:
+        raise DataError(
+            f"--imitate-below reads responses as answers in a conversation, but the prompt of row {texts[0]} is plain "
+            "text; give the prompts as messages"
+        )
     conversations, responses = [one.conversation for one in examples], [one.response for one in examples]
-    rated = control.probabilities(conversations, responses, meter, progress)
+    rated = signal.probabilities(conversations, responses, meter, progress)
     for example, value in zip(examples, rated.tolist(), strict=True):
         if np.isnan(value):
             yield Quarantined(row=example.row, source="", reason=f"without_verdict: the {config.signal} gives none")
-        elif value >= config.threshold:
-            reason = f"shows_behavior: the {config.signal} gives it {value:.3f}, the threshold is {config.threshold}"
+        elif value >= threshold:
+            reason = f"shows_behavior: the {config.signal} gives it {value:.3f}, the threshold is {threshold}"
             yield Quarantined(row=example.row, source="", reason=reason)
 
 
@@ -132,6 +149,7 @@ def _trainer(
     config: FinetuneConfig,
     probes: ChosenProbes,
     rows: ExampleRows,
+    imitated: np.ndarray,
     model: Any,
     directory: RunDirectory,
     meter: CostMeter,
@@ -166,6 +184,7 @@ def _trainer(
             model,
             arguments,
             examples=rows.examples,
+            imitated=imitated,
             batches=batches,
             term=term,
             weight=config.probe_weight,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from pairtrace.engine.probes.probe_file import load_probes
 from pairtrace.engine.probes.term import ProbeTerm
 from pairtrace.engine.rendering import Renderer
 from pairtrace.engine.training.batches import StepBatches
-from pairtrace.errors import DataError, TrainingError
+from pairtrace.errors import ConfigError, DataError, TrainingError
 from tests.engine.finetuning.cases import (
     config_for,
     largest_difference,
@@ -45,7 +46,14 @@ def rendered(model: Path, data: Path) -> list[RenderedExample]:
     return found  # type: ignore[return-value]
 
 
-def plain_loss(model: Any, examples: list[RenderedExample], probe: Path, layer: int, weight: float) -> torch.Tensor:
+def plain_loss(
+    model: Any,
+    examples: list[RenderedExample],
+    probe: Path,
+    layer: int,
+    weight: float,
+    not_imitated: Collection[int] = (),
+) -> torch.Tensor:
     """The loss of a step by its formula, one sequence at a time, with transformers' own hidden states."""
     (trained,) = load_probes(probe, layers=(layer,), roles=("training",))
     vectors, biases = torch.from_numpy(trained.weight).to(model.dtype), torch.from_numpy(trained.bias).to(model.dtype)
@@ -53,15 +61,18 @@ def plain_loss(model: Any, examples: list[RenderedExample], probe: Path, layer: 
     for example in examples:
         ids = torch.tensor(example.ids.tolist())
         output = model(input_ids=ids[None], output_hidden_states=True)
-        predicted = output.logits[0, :-1].log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
-        nats = nats - predicted[example.start - 1 :].sum()
-        tokens += len(ids) - example.start
+        if example.row not in not_imitated:
+            predicted = output.logits[0, :-1].log_softmax(-1)[torch.arange(len(ids) - 1), ids[1:]]
+            nats = nats - predicted[example.start - 1 :].sum()
+            tokens += len(ids) - example.start
         mean = output.hidden_states[layer][0, example.start :].mean(dim=0)
         probabilities.append(torch.sigmoid(vectors @ mean + biases).mean())
     return nats / tokens + weight * torch.stack(probabilities).mean()
 
 
-def plain_training(model_path: Path, data: Path, probe: Path, *, weight: float, epochs: int) -> dict[str, torch.Tensor]:
+def plain_training(
+    model_path: Path, data: Path, probe: Path, *, weight: float, epochs: int, not_imitated: Collection[int] = ()
+) -> dict[str, torch.Tensor]:
     model = AutoModelForCausalLM.from_pretrained(model_path)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     examples = rendered(model_path, data)
@@ -71,7 +82,7 @@ def plain_training(model_path: Path, data: Path, probe: Path, *, weight: float, 
     for epoch in range(epochs):
         order.set_epoch(epoch)
         for batch in order:
-            plain_loss(model, [examples[index] for index in batch], probe, 1, weight).backward()
+            plain_loss(model, [examples[index] for index in batch], probe, 1, weight, not_imitated).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             share = step / warmup if step < warmup else (total - step) / (total - warmup)
             for group in optimizer.param_groups:
@@ -88,6 +99,42 @@ def test_weights_are_those_of_a_plain_loop(small: Path, given: Path, probe: Path
     assert max(float((expected[name] - without[name]).abs().max()) for name in expected) > 1e-3
     for name, value in weights(against).items():
         assert torch.allclose(value, expected[name], rtol=0, atol=4e-5), name
+
+
+def test_what_the_probe_gives_much_is_not_imitated(small: Path, given: Path, probe: Path, tmp_path: Path) -> None:
+    """Which responses these are is known from transformers' states of the untrained model."""
+    rated = mean_probabilities(small, rendered(small, given), probe)
+    threshold = sorted(rated)[15] + 1e-6
+    not_imitated = [row for row, value in enumerate(rated) if value >= threshold]
+    assert len(not_imitated) == 8
+    settings: dict[str, Any] = {"method": "sft", "probe": str(probe), "probe_weight": 2.0, "epochs": 2}
+    summary = run(small, given, tmp_path / "m1", imitate_below=threshold, **settings)
+    assert (summary.training["trained"], summary.training["imitated"]) == (24, 16)
+    expected = plain_training(small, given, probe, weight=2.0, epochs=2, not_imitated=not_imitated)
+    for name, value in weights(tmp_path / "m1").items():
+        assert torch.allclose(value, expected[name], rtol=0, atol=4e-5), name
+
+
+def test_imitating_below_1_is_imitating_all(
+    small: Path, given: Path, probe: Path, against: Path, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"method": "sft", "probe": str(probe), "probe_weight": 2.0, "epochs": 2}
+    run(small, given, tmp_path / "m1", imitate_below=1.0, **settings)
+    assert largest_difference(tmp_path / "m1", against) == 0.0
+
+
+def test_what_cannot_be_told_apart_is_refused(small: Path, given: Path, probe: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"method": "sft", "probe": str(probe)}
+    with pytest.raises(DataError, match=r"none of the 24 responses can be imitated.*1e-06 or more"):
+        run(small, given, tmp_path / "m1", imitate_below=1e-6, **settings)
+    texts = write_rows(tmp_path / "texts.jsonl", [{"prompt": "Once upon", "completion": " a time"}])
+    with pytest.raises(DataError, match="the prompt of row 0 is plain text"):
+        run(small, texts, tmp_path / "m1", imitate_below=0.5, **settings)
+    assert not (tmp_path / "m1").exists()
+    with pytest.raises(ConfigError, match="--imitate-below belongs to --signal probe, but the signal is none"):
+        config_for(small, given, tmp_path / "m1", method="sft", signal="none", imitate_below=0.5)
+    with pytest.raises(ConfigError, match=r"imitate.below is 0.*a probability above 0"):
+        config_for(small, given, tmp_path / "m1", imitate_below=0.0, **settings)
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2])
@@ -160,6 +207,7 @@ def trainer_of(model: Any, examples: list[RenderedExample], probe: Path, weight:
         model,
         arguments,
         examples=examples,
+        imitated=np.ones(len(examples), bool),
         batches=StepBatches([4] * len(examples), batch_size=4, accumulation=1, seed=0, group_by_length=False),
         term=ProbeTerm(trained),
         weight=weight,
@@ -202,18 +250,22 @@ def test_held_out_probes_are_logged_and_never_in_the_loss(
     assert largest_difference(tmp_path / "changed", against) > 1e-4
 
 
-def test_the_penalty_lowers_the_probability(plain: Path, against: Path, probe: Path, small: Path, given: Path) -> None:
+def mean_probabilities(model_path: Path, examples: list[RenderedExample], probe: Path) -> list[float]:
+    """The probe's, of every response, from transformers' hidden states."""
     (trained,) = load_probes(probe, layers=(1,), roles=("training",))
-    means = {}
-    for path in (small, plain, against):
-        model = AutoModelForCausalLM.from_pretrained(path)
-        means[path] = np.mean([
-            trained.probabilities(
-                model(input_ids=torch.tensor(one.ids.tolist())[None], output_hidden_states=True)
-                .hidden_states[1][0, one.start :].mean(dim=0)[None].detach().numpy()
-            )
-            for one in rendered(small, given)
-        ])  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(model_path)
+    return [
+        float(trained.probabilities(
+            model(input_ids=torch.tensor(one.ids.tolist())[None], output_hidden_states=True)
+            .hidden_states[1][0, one.start :].mean(dim=0)[None].detach().numpy()
+        ).mean())
+        for one in examples
+    ]  # fmt: skip
+
+
+def test_the_penalty_lowers_the_probability(plain: Path, against: Path, probe: Path, small: Path, given: Path) -> None:
+    examples = rendered(small, given)
+    means = {path: np.mean(mean_probabilities(path, examples, probe)) for path in (small, plain, against)}
     assert means[against] < means[plain] - 0.01
     entry = log_of(against)[0]
     assert entry["probe/term"] == pytest.approx(entry["probe/harm/1"], rel=1e-6)
