@@ -47,6 +47,17 @@ def test_all_clusters(tmp_path: Path) -> None:
     }
 
 
+def test_prompts_that_have_no_item_are_told(tmp_path: Path) -> None:
+    write_product(tmp_path, make_discovery("prompts", details={"prompts": {"changed": 10, "unchanged": 1990}}))
+    lines = str(show(tmp_path)).splitlines()
+    assert [line.split(maxsplit=1) for line in lines[:4]] == [
+        ["view:", "prompts"],
+        ["asked:", "2,000 (10 changed, 1,990 unchanged)"],
+        ["layer:", "5"],
+        ["items:", "10"],
+    ]
+
+
 def test_one_cluster(tmp_path: Path) -> None:
     cluster = make_cluster("prompts", 0, 4, verdicts={"flagged": True, "p_value": 0.001}, enrichment=(ENRICHED,))
     write_product(tmp_path, make_discovery("prompts", clusters=(cluster, make_cluster("prompts", 1, 3))))

@@ -42,6 +42,10 @@ def discovery_answer(discovered: Discovered, json: bool) -> Answer:
     """All clusters: a line each as text, everything as JSON."""
     figures = discovered.to_dict()
     head = {name: figures[name] for name in ("view", "layer", "items", "clustered", "noise")}
+    counts = discovered.details.get("prompts")
+    if counts is not None:
+        states = ", ".join(f"{count:,} {state}" for state, count in counts.items())
+        head = {"view": head.pop("view"), "asked": f"{sum(counts.values()):,} ({states})", **head}
     rows = [_row(cluster, len(discovered.labels)) for cluster in discovered.clusters]
     known = {key for row in rows for key, value in row.items() if value is not None}
     shown = [{key: value for key, value in row.items() if key in known} for row in rows]
