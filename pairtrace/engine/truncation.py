@@ -20,7 +20,7 @@ from pairtrace.engine.architectures import PER_LAYER_LISTS, known_family
 from pairtrace.engine.checkpoint import load_config, resolve_checkpoint, weight_files
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.safetensors_files import kept_tensors, read_header, write_subset
-from pairtrace.errors import ConfigError, LayerError
+from pairtrace.errors import ConfigError, LayerError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,13 @@ def _write(path: Path, out: Path, name: str, layers: int, blocks: int, progress:
         progress.advance(1)
     progress.finish()
     if (path / INDEX).is_file():
+        wanted = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        missing = [tensor for tensor in filter(stays, sorted(wanted)) if tensor not in place_of]
+        if missing:
+            raise ModelError(
+                f"{path} is incomplete: its weight files lack {missing[0]} ({len(missing)} of the tensors that are to "
+                f"stay and that {INDEX} names)"
+            )
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place_of.items()))}
         (out / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return {"layers": layers, "of": blocks, **counts, "bytes": total}

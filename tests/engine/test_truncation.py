@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pairtrace.engine import truncation
 from pairtrace.engine.backend import HFBackend
@@ -152,6 +153,21 @@ def test_damaged_weights_leave_nothing_behind(damage: str, sharded: Path, tmp_pa
     with pytest.raises(ModelError, match="damaged"):
         cut(model, 2, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_tensors_that_the_index_names_must_be_there(sharded: Path, tmp_path: Path) -> None:
+    """Of the blocks that stay; what is missing of the others is no matter."""
+    model = Path(shutil.copytree(sharded, tmp_path / "model"))
+    for block in (3, 0):
+        gone = f"model.layers.{block}.mlp.up_proj.weight"
+        file = model / json.loads((model / INDEX).read_text())["weight_map"][gone]
+        held = {name: tensor for name, tensor in load_file(file).items() if name != gone}
+        save_file(held, file, metadata={"format": "pt"})
+        if block == 3:
+            assert cut(model, 2, tmp_path / "shallow")["layers"] == 2
+    with pytest.raises(ModelError, match=rf"is incomplete: its weight files lack {re.escape(gone)} \(1 of"):
+        cut(model, 2, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_cache_makes_it_once(
