@@ -170,6 +170,12 @@ def load_probes(
                              "pairtrace probe train")  # fmt: skip
     tensors = read_tensors(path)
     found = [_probe(path, direction, tensors, manifest["roles"]) for direction in load_directions(path, note=False)]
+    lost = sorted(
+        {name.removeprefix("weight:") for name in tensors if name.startswith("weight:")}
+        - {f"{probe.name}/{probe.layer}" for probe in found}
+    )
+    if lost:
+        raise DirectionError(f"{path} is damaged: the probe {lost[0]} has weights and no direction")
     _require_known(path, "layer", layers, {probe.layer for probe in found})
     _require_known(path, "probe", names, {probe.name for probe in found})
     _require_known(path, "probe of the role", roles, {probe.role for probe in found})

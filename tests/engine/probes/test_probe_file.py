@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pairtrace.engine.directions import load_directions, read_tensors, save_directions
+from pairtrace.engine.directions import load_directions, read_manifest, read_tensors, save_directions
 from pairtrace.engine.probes.probe_file import Probe, load_probes, save_probes, sigmoid
 from pairtrace.errors import DirectionError, ProbeMismatchError
 from tests.engine.probes.cases import PRINTS, make_probe
@@ -98,6 +98,11 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     tensors = {**read_tensors(tmp_path / "p.safetensors"), "bias:harm/2": np.full((1, 1), 0.5)}
     save_directions(path, directions, {"kind": "probe", "roles": {"harm": "training"}}, tensors=tensors)
     with pytest.raises(DirectionError, match="is damaged: harm/2 has no weights"):
+        load_probes(path)
+    # Weights of three probes, but the directions of two.
+    whole = tmp_path / "p.safetensors"
+    save_directions(path, directions, {**read_manifest(whole)}, tensors=read_tensors(whole))
+    with pytest.raises(DirectionError, match="is damaged: the probe harm/4 has weights and no direction"):
         load_probes(path)
     save_directions(path, directions, {"tensors": ["gone"]})
     with pytest.raises(DirectionError, match="names the tensor 'gone', which is not there"):
