@@ -28,11 +28,15 @@ from pairtrace.engine.finetuning.example_rendering import read_example_rows
 from pairtrace.engine.finetuning.examples import open_examples
 from pairtrace.engine.judge import Judge
 from pairtrace.engine.probes.evaluate import require_fit
+from pairtrace.engine.probes.examples import numbered
+from pairtrace.engine.probes.grouping import require_examples
+from pairtrace.engine.probes.judged_responses import read_judged
 from pairtrace.engine.probes.probe_file import Probe, load_probes, trained_prompts
 from pairtrace.engine.probes.solver import require_solver
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.tables import file_digest
 from pairtrace.engine.versions import library_versions
+from pairtrace.errors import ProbeMismatchError
 
 METHOD = "detectability"
 
@@ -66,6 +70,7 @@ def detectability(
     require_solver()
     layers = config.layers or best_layers(config.probe)
     probes = load_probes(config.probe, layers=layers, model_fingerprint=model_fingerprint(config.before))
+    _require_usable(config, probes)
     evaluation = evaluate(config.answering, progress, judge=judge)
     found = []
     for (name, model), reported in zip([(BEFORE, config.before), *config.runs], evaluation.models, strict=True):
@@ -101,6 +106,24 @@ def detectability(
     with replacing(config.out) as temporary:
         temporary.write_text(json.dumps(report.to_dict(), indent=1) + "\n", encoding="utf-8")
     return report
+
+
+def _require_usable(config: DetectabilityConfig, probes: Sequence[Probe]) -> None:
+    """What can be known before the models answer, which takes long, is checked before."""
+    from pairtrace.engine.checkpoint import load_config
+
+    if config.text is not None:
+        open_examples(config.text)
+    responses, _ = read_judged(config.rollouts, label_column=config.label_column, answers_of=config.answers_of)
+    labels, prompts = np.array([one.label for one in responses]), numbered([one.prompt for one in responses])
+    require_examples(labels, prompts, 1, config.rollouts)
+    for _, model in config.runs:
+        width = load_config(model).get_text_config().hidden_size
+        for probe in probes:
+            if probe.width != width:
+                raise ProbeMismatchError(
+                    f"{config.probe}: the probe has another width than {model}", width, probe.width
+                )
 
 
 def _rates(report: ModelReport, confidence: float) -> dict[str, Figure]:

@@ -25,7 +25,7 @@ from pairtrace.engine.probes.config import ProbeEvalConfig, ProbeTrainConfig
 from pairtrace.engine.probes.evaluate import evaluate_probes
 from pairtrace.engine.probes.probe_file import trained_prompts
 from pairtrace.engine.probes.train import train_probes
-from pairtrace.errors import ConfigError, ExamplesError, ProbeMismatchError
+from pairtrace.errors import ConfigError, DataError, ExamplesError, ProbeMismatchError
 from tests.engine.extraction import write_rows
 from tests.engine.training.test_resume import StopsAfter
 from tests.models import make_model, make_tokenizer
@@ -183,9 +183,6 @@ def test_new_prompts_are_split(case: Case, tmp_path: Path) -> None:
     rollouts = write_rows(tmp_path / "new.jsonl", [row for number in range(100, 120) for row in judged(number)])
     report = detectability(case.config(tmp_path / "report.json", rollouts=str(rollouts)))
     assert 0 <= report.before.figures["retrained"].value <= 1
-    alone = write_rows(tmp_path / "alone.jsonl", [judged(number)[0] for number in range(101, 105)])
-    with pytest.raises(ExamplesError, match="class 1 alone"):
-        detectability(case.config(tmp_path / "other.json", rollouts=str(alone)))
 
 
 def test_wrong_input(case: Case, tmp_path: Path) -> None:
@@ -195,6 +192,12 @@ def test_wrong_input(case: Case, tmp_path: Path) -> None:
     make_model("olmo2", tmp_path / "narrow", num_hidden_layers=2, hidden_size=16)
     with pytest.raises(ProbeMismatchError, match=r"another width than .*: expected 16, found 32"):
         detectability(case.config(tmp_path / "r.json", after=(f"narrow={tmp_path / 'narrow'}",)))
+    alone = write_rows(tmp_path / "alone.jsonl", [judged(number)[0] for number in range(101, 105)])
+    with pytest.raises(ExamplesError, match="class 1 alone"):
+        detectability(case.config(tmp_path / "r.json", rollouts=str(alone)))
+    with pytest.raises(DataError, match=r"nowhere\.jsonl"):
+        detectability(case.config(tmp_path / "r.json", text=str(tmp_path / "nowhere.jsonl")))
+    assert not list(tmp_path.glob("r.*")), "refused before any model answers"
     with pytest.raises(ConfigError, match=r"reports end in \.json"):
         case.config(tmp_path / "report.txt")
     with pytest.raises(ConfigError, match="give the trained one another name"):
