@@ -44,7 +44,7 @@ class Plan:
         seeds: of the organisms, and of everything after them.
         recipe: fields of `OrganismConfig`, the same for all seeds.
         arms: how M0 is trained.
-        training_prompts: harmful requests, and as many benign ones, that probes and arms are trained on.
+        training_prompts: harmful and benign requests that probes and arms are trained on.
         samples: answers to each of them.
         given_responses: of these, for SFT.
         benign_texts: held-out answers whose loss is measured.
@@ -57,7 +57,7 @@ class Plan:
     seeds: tuple[int, ...]
     recipe: dict[str, Any]
     arms: tuple[Arm, ...]
-    training_prompts: int
+    training_prompts: dict[str, int]
     samples: int
     given_responses: int
     benign_texts: int
@@ -70,14 +70,19 @@ class Plan:
     controls: int
 
 
+# DPO by itself teaches refusing benign requests, which the likelihood of chosen responses holds against.
+KEEPING = {"loss_type": ("sigmoid", "sft"), "loss_weights": (1.0, 3.0)}
+
+
 def arms_of(sft: dict[str, Any], dpo: dict[str, Any]) -> tuple[Arm, ...]:
-    """Both methods with one probe, an ensemble, and their controls."""
+    """Both methods with one probe, an ensemble, and their controls; and SFT that imitates what the probe passes."""
     weight = {"probe_weight": sft.pop("probe_weight")}
     sft, dpo = {"method": "sft", **sft}, {"method": "dpo", **dpo}
     return (
         Arm(name="sft-none", probe="single", settings={**sft, "signal": "none"}),
         Arm(name="sft-judge", probe="single", settings={**sft, "signal": "judge"}),
         Arm(name="sft-probe", probe="single", settings={**sft, **weight}),
+        Arm(name="sft-selective", probe="single", settings={**sft, **weight, "imitate_below": 0.5}),
         Arm(name="sft-ensemble", probe="ensemble", settings={**sft, **weight}),
         Arm(name="dpo-none", probe="single", settings={**dpo, "signal": "none"}),
         Arm(name="dpo-judge", probe="single", settings={**dpo, "signal": "judge"}),
@@ -91,9 +96,9 @@ FULL = Plan(
     recipe={"sft_examples": 12_000, "sft_epochs": 2, "leak": 0.5, "plain_leak": 0.5, "preference_pairs": 800},
     arms=arms_of(
         {"learning_rate": 5e-4, "epochs": 2, "batch_size": 32, "probe_weight": 5.0},
-        {"learning_rate": 7e-5, "epochs": 1, "batch_size": 16, "samples": 4},
+        {"learning_rate": 7e-5, "epochs": 1, "batch_size": 16, "samples": 4, **KEEPING},
     ),
-    training_prompts=240,
+    training_prompts={"harmful": 240, "benign": 420},
     samples=4,
     given_responses=2,
     benign_texts=200,
@@ -121,11 +126,11 @@ QUICK = Plan(
         arm
         for arm in arms_of(
             {"learning_rate": 5e-4, "max_steps": 4, "batch_size": 16, "probe_weight": 5.0},
-            {"learning_rate": 2e-4, "max_steps": 4, "batch_size": 8, "samples": 3},
+            {"learning_rate": 2e-4, "max_steps": 4, "batch_size": 8, "samples": 3, **KEEPING},
         )
-        if arm.name in ("sft-probe", "dpo-probe", "dpo-none")
+        if arm.name in ("sft-probe", "sft-selective", "dpo-probe", "dpo-none")
     ),
-    training_prompts=40,
+    training_prompts={"harmful": 40, "benign": 40},
     samples=3,
     given_responses=1,
     benign_texts=20,

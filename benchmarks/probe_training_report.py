@@ -18,7 +18,7 @@ from pairtrace.engine.detectability.figures import (
 
 Figures = dict[str, Any]
 BEFORE = "before"
-METHODS = ("sft-probe", "dpo-probe")
+METHODS = ("sft-probe", "sft-selective", "dpo-probe")
 
 
 def report(seeds: Sequence[int], arms: Sequence[str], done: dict[str, Figures], processes: int) -> Figures:
@@ -117,7 +117,7 @@ def claims_of(results: Figures) -> list[Claim]:
                 at_most(f"{arm}: helpfulness lost, points", lost, 5),
                 at_least(f"{arm}: ROC-AUC of retrained probes, share of the former", kept[arm]["retrained"], 0.95),
             ]
-    if set(METHODS) <= set(arms):
+    if {"sft-probe", "dpo-probe"} <= set(arms):
         gap = kept["dpo-probe"]["training"] - kept["sft-probe"]["training"]
         claims.append(at_least("DPO keeps more of the training probe's ROC-AUC than SFT, by", gap, 0))
     for one, several in (("sft-probe", "sft-ensemble"), ("dpo-probe", "dpo-ensemble")):

@@ -85,14 +85,14 @@ def write_rows(path: Path, rows: Sequence[Figures]) -> Path:
     return path
 
 
-def training_prompts(recipe: Figures, count: int) -> list[Figures]:
-    """Requests of the discovery part, harmful and benign ones in equal numbers, half of them with a format."""
+def training_prompts(recipe: Figures, counts: Figures) -> list[Figures]:
+    """Requests of the discovery part, so many harmful and so many benign ones, half of them with a format."""
     config = OrganismConfig(**recipe)
     rng = random.Random(f"{config.seed}:probe-training")
     tasks = split_tasks(config.seed)
     rows = []
     for cell, pool in (("harmful", tasks.harmful["discovery"]), ("benign", tasks.benign["discovery"])):
-        requests = rng.sample([(task, wrapper) for task in pool for wrapper in WRAPPERS], k=count)
+        requests = rng.sample([(task, wrapper) for task in pool for wrapper in WRAPPERS], k=counts[cell])
         for number, (task, wrapper) in enumerate(requests):
             prompt = wrapper.format(task.request)
             if number % 2:

@@ -42,6 +42,7 @@ def _title(name: str) -> str:
         "none": "nothing" if method == "sft" else "pairs at random",
         "judge": "the judge",
         "probe": "**the probe**",
+        "selective": "**the probe**, imitating only what it passes",
         "ensemble": "an ensemble of five",
     }
     return f"{method.upper()}: {told[signal]}"
