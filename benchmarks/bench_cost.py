@@ -1,6 +1,6 @@
 """What attribution costs: activations against gradients, on the same pairs, at three sizes of the model.
 
-    python benchmarks/bench_cost.py            # one thread; a quarter of an hour
+    python benchmarks/bench_cost.py            # one thread; half an hour
     python benchmarks/bench_cost.py --quick    # a few pairs, the smallest model
 
 pairtrace extracts activations at 20/32 of the depth, as published (arXiv 2602.11079), and scores them; a second row
