@@ -229,6 +229,18 @@ def end_waits_of_the_dead(model: Any) -> None:
     threading.Thread(target=watch, name="pairtrace-engine-watch", daemon=True).start()
 
 
+def engine_processes(model: Any) -> list[int]:
+    """The numbers of the processes of an engine, whose end ends their workers; none where it runs in this one.
+
+    Args:
+        model: `vllm.LLM`.
+    """
+    client = model.llm_engine.engine_core
+    if isinstance(client, InprocClient):
+        return []
+    return [process.pid for process in client.resources.engine_manager.processes]
+
+
 def step_here(model: Any) -> None:
     """Let an engine that runs in this process take a step; one in a process of its own goes on by itself.
 

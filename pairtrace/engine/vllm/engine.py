@@ -15,6 +15,7 @@ from typing import Any
 
 from pairtrace.engine.vllm.installed import require_vllm
 from pairtrace.engine.vllm.options import VLLMOptions
+from pairtrace.engine.vllm.orphans import OrphanWatch
 from pairtrace.errors import ConfigError, EngineError, PairtraceError
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Engine:
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        from pairtrace.engine.vllm.connector import end_waits_of_the_dead
+        from pairtrace.engine.vllm.connector import end_waits_of_the_dead, engine_processes
 
         _require_arguments(options)
         self.device = str(current_platform.device_type)
@@ -105,6 +106,7 @@ class Engine:
         self._purpose = purpose
         self._engines: list[Any] = []
         self._models: list[Any] = []
+        self._watches: list[OrphanWatch] = []
         self._asked = 0
         logger.info("starting vLLM %s for %s, which takes a while", version, purpose)
         try:
@@ -113,6 +115,7 @@ class Engine:
                     self._models.append(LLM(**settings))
                 self._engines.append(self._models[-1].llm_engine)
                 end_waits_of_the_dead(self._models[-1])
+                self._watches.append(OrphanWatch(engine_processes(self._models[-1])))
         except (PairtraceError, KeyboardInterrupt, SystemExit):
             self.close()
             raise
@@ -192,6 +195,9 @@ class Engine:
         """End the engines' processes."""
         for engine in self._engines:
             engine.engine_core.shutdown()
+        for watch in self._watches:
+            watch.stop()
+        self._watches.clear()
         self._engines.clear()
         self._models.clear()
 
