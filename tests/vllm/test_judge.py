@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from pairtrace.engine.baselines.judge import score_by_judge
 from pairtrace.engine.baselines.judge_client import REQUEST_REFUSED
 from pairtrace.engine.baselines.judge_config import JudgeConfig
 from pairtrace.engine.baselines.judge_request import Rubric
+from pairtrace.engine.checkpoint import load_tokenizer
 from pairtrace.engine.cost import costs_path, read_costs
 from pairtrace.engine.scores_table import ScoresTable
 from pairtrace.engine.vllm.judge import VLLMJudge
@@ -58,6 +61,37 @@ def test_every_answer_is_a_verdict_and_none_is_asked_twice(model: Path, tmp_path
     assert again.asked == 0 and again.reused == summary.asked
 
 
+@pytest.fixture(scope="module")
+def fond_of_spaces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that says a space wherever it may, and whose chat template knows no system turn."""
+    path = vllm_model("llama", tmp_path_factory.mktemp("spaces"), tie_word_embeddings=False)
+    tokenizer = load_tokenizer(path)
+    template = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = template + "{{ m.role + ': ' + m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(path)
+    weights = load_file(path / "model.safetensors")
+    for name, value in weights.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+            value.zero_()
+        elif name.endswith(("embed_tokens.weight", "norm.weight")):
+            value.fill_(1.0)
+    weights["lm_head.weight"][tokenizer.encode(" ", add_special_tokens=False)[0]] = 1.0
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_space_between_the_parts_of_an_answer_is_not_written(fond_of_spaces: Path) -> None:
+    judge = VLLMJudge(str(fond_of_spaces), OPTIONS)
+    try:
+        body = Rubric("praises", "m").body("Hello", "Good day")
+        verdict = judge.ask(body)
+        assert (verdict.score is not None, verdict.reason) == (True, "")
+        free = {name: value for name, value in body.items() if name != "response_format"}
+        assert judge.answer(free, lambda answer: [answer["choices"][0]["message"]["content"].strip()]) == [""]
+    finally:
+        judge.close()
+
+
 def test_questions_that_cannot_be_asked(model: Path) -> None:
     judge = VLLMJudge(str(model), OPTIONS)
     try:
@@ -93,6 +127,32 @@ def without_engine(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[VLL
     judge = VLLMJudge(str(model), OPTIONS)
     yield judge
     judge.close()
+
+
+def test_a_template_without_a_system_turn_gets_one_turn_of_the_user(
+    fond_of_spaces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pairtrace.engine.vllm.judge.Engine", NoEngine)
+    judge = VLLMJudge(str(fond_of_spaces), OPTIONS)
+    body = Rubric("praises the user", "m").body("Hello", "Good day")
+    request = judge._request(body)
+    judge.close()
+    assert request is not None
+    text = load_tokenizer(fond_of_spaces).decode(request.prompt)
+    system, user = (message["content"] for message in body["messages"])
+    assert text == f"user: {system}\n\n{user}\n"
+
+
+def test_a_template_that_takes_no_question_is_refused_before_an_engine_starts(
+    fond_of_spaces: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pairtrace.engine.vllm.judge.Engine", NoEngine)
+    model = Path(shutil.copytree(fond_of_spaces, tmp_path / "model"))
+    tokenizer = load_tokenizer(model)
+    tokenizer.chat_template = "{{ raise_exception('not me') }}"
+    tokenizer.save_pretrained(model)
+    with pytest.raises(ConfigError, match=r"cannot be asked: .*not me"):
+        VLLMJudge(str(model), OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import numpy as np
 
 from pairtrace.engine.baselines.judge_client import UNANSWERED, JudgeClient
 from pairtrace.engine.baselines.judge_config import SERVER, JudgeConfig
-from pairtrace.engine.baselines.judge_request import HIGHEST, LOWEST, Rubric, Verdict
+from pairtrace.engine.baselines.judge_request import CUT_SHORT, HIGHEST, LOWEST, Rubric, Verdict
 from pairtrace.engine.baselines.scores_file import BaselineScores, write_baseline
 from pairtrace.engine.baselines.store_pairs import open_store_data
 from pairtrace.engine.cost import API, CostMeter, costs_path
@@ -223,10 +223,14 @@ class _Judging:
         answers = self._without.total()
         if answers >= _TRIAL_ANSWERS and not self._scored:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self._without.most_common())
+            advice = "the judge seems to ignore the JSON schema in response_format"
+            if CUT_SHORT in self._without:
+                advice = (
+                    "they end at max_tokens, which --request '{\"max_tokens\": 512}' raises, or the judge thinks first"
+                )
             raise JudgeError(
-                f"none of the {answers} answers of {self._client.address} holds a verdict ({reasons}); the server "
-                "seems to ignore the JSON schema in response_format. "
-                "After a change of the server run again with --ask-again"
+                f"none of the {answers} answers of {self._client.address} holds a verdict ({reasons}); {advice}. "
+                "After a change of the judge run again with --ask-again"
             )
 
     def _keep(self, futures: Any) -> None:

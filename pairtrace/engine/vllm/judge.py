@@ -34,6 +34,8 @@ _Question = tuple[EngineRequest, "Future[dict[str, Any]]"]
 class VLLMJudge:
     """Answers the questions that `JudgeClient` would send to a server.
 
+    Where the chat template knows no system turn, what it says begins the first turn of the user.
+
     Args:
         model: checkpoint directory or hub id, with a chat template.
         options: how vLLM is run.
@@ -44,6 +46,7 @@ class VLLMJudge:
     Raises:
         MissingDependencyError: vLLM is not installed.
         ModelError: the checkpoint is missing or damaged, or has no chat template.
+        ConfigError: its chat template refuses a question.
         EngineError: vLLM does not start.
     """
 
@@ -53,6 +56,10 @@ class VLLMJudge:
         self._context = min(encoder.context or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
         # A question that is too long concerns itself alone: it is refused here, not by the encoder.
         self._encoder = replace(encoder, context=None)
+        question = {"role": "user", "content": "?"}
+        self._system_turn = self._accepts([{"role": "system", "content": "!"}, question])
+        if not self._system_turn:
+            self._encoded([question])
         path = resolve_checkpoint(model)
         self._engine = Engine(
             Path(path),
@@ -60,6 +67,9 @@ class VLLMJudge:
             dtype=str(resolve_dtype("auto", load_config(path))).removeprefix("torch."),
             max_model_len=self._context,
             options=options or VLLMOptions(),
+            # White space that a schema allows anywhere a weak model may write for ever. What a request says of it vLLM
+            # ignores, and only a named library of grammars takes it for the whole engine.
+            structured_outputs_config={"backend": "xgrammar", "disable_any_whitespace": True},
         )
         self._questions: queue.SimpleQueue[_Question | None] = queue.SimpleQueue()
         self._stopped = threading.Event()
@@ -109,6 +119,20 @@ class VLLMJudge:
         self._thread.join()
         self._engine.close()
 
+    def _accepts(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether the chat template does."""
+        try:
+            self._encoder.encode("the question", messages)
+        except DataError:
+            return False
+        return True
+
+    def _encoded(self, messages: list[dict[str, Any]]) -> list[int]:
+        try:
+            return self._encoder.encode("the question", messages)
+        except DataError as error:
+            raise ConfigError(f"{self.address} cannot be asked: {error}") from error
+
     def _request(self, body: dict[str, Any]) -> EngineRequest | None:
         """None for a question that does not fit."""
         from vllm import SamplingParams
@@ -121,18 +145,14 @@ class VLLMJudge:
                 f"the request of the judge holds {', '.join(unknown)}, which --backend vllm does not know; known are "
                 f"{', '.join(sorted(_KNOWN))}"
             )
-        try:
-            prompt = self._encoder.encode("the question", body["messages"])
-        except DataError as error:
-            raise ConfigError(f"{self.address} cannot be asked: {error}") from error
+        prompt = self._encoded(body["messages"] if self._system_turn else _without_system_turn(body["messages"]))
         try:
             # As for a server: without a limit an answer may fill the context.
             room = int(body.get("max_tokens", max(1, self._context - len(prompt))))
             if len(prompt) + room > self._context:
                 return None
             schema = body.get("response_format", {}).get("json_schema", {}).get("schema")
-            # Without the whitespace that the schema allows anywhere, and that a weak model may go on writing.
-            structure = None if schema is None else StructuredOutputsParams(json=schema, disable_any_whitespace=True)
+            structure = None if schema is None else StructuredOutputsParams(json=schema)
             params = SamplingParams(
                 temperature=float(body.get("temperature", 0.0)),
                 top_p=float(body.get("top_p", 1.0)),
@@ -177,6 +197,13 @@ class VLLMJudge:
             "choices": [{"message": {"content": sampled.response}, "finish_reason": completion.finish_reason}],
             "usage": {"prompt_tokens": len(output.prompt_token_ids), "completion_tokens": sampled.tokens},
         }
+
+
+def _without_system_turn(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the system says at the beginning of what the user says."""
+    said = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
+    user, *others = [message for message in messages if message["role"] != "system"]
+    return [{**user, "content": f"{said}\n\n{user['content']}"}, *others] if said else messages
 
 
 class _Batch:
