@@ -122,6 +122,7 @@ def save_directions(
         **({"tensors": sorted(others)} if others else {}),
         **manifest,
     }
+    complete["checksum"] = _checksum(complete, {**vectors, **others})
     with replacing(path) as temporary:
         # save_file would make the file readable for its owner alone.
         temporary.write_bytes(
@@ -200,7 +201,7 @@ def read_manifest(path: str | Path) -> dict[str, Any]:
     Raises:
         DirectionError: the file or its manifest cannot be read.
     """
-    return _manifest(Path(path), _open_safetensors(Path(path))[1])
+    return _manifest(Path(path), *_open_safetensors(Path(path)))
 
 
 def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
@@ -210,7 +211,7 @@ def read_tensors(path: str | Path) -> dict[str, np.ndarray]:
         DirectionError: the file or its manifest cannot be read, or it lacks a tensor that the manifest names.
     """
     tensors, metadata = _open_safetensors(Path(path))
-    names = _manifest(Path(path), metadata).get("tensors", [])
+    names = _manifest(Path(path), tensors, metadata).get("tensors", [])
     missing = [name for name in names if name not in tensors]
     if missing:
         raise DirectionError(f"{path} is damaged: its manifest names the tensor {missing[0]!r}, which is not there")
@@ -265,7 +266,17 @@ def _open_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]
     return tensors, metadata
 
 
-def _manifest(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
+def _checksum(manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 (hex) over what a manifest says and the values that it describes."""
+    said = {name: value for name, value in manifest.items() if name != "checksum"}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
+    for name, values in sorted(tensors.items()):
+        digest.update(f"\n{name} {values.dtype} {values.shape}\n".encode())
+        digest.update(values.tobytes())
+    return digest.hexdigest()
+
+
+def _manifest(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> dict[str, Any]:
     text = metadata.get(METADATA_KEY)
     if text is None:
         return {}
@@ -279,15 +290,21 @@ def _manifest(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     assert isinstance(manifest, dict)
     if not isinstance(manifest.get("kinds"), dict):
         raise DirectionError(f"{path}: the manifest is damaged: kinds is {manifest.get('kinds')!r}")
-    tensors = manifest.get("tensors", [])
-    if not isinstance(tensors, list) or not all(isinstance(name, str) for name in tensors):
-        raise DirectionError(f"{path}: the manifest is damaged: tensors is {tensors!r}")
+    others = manifest.get("tensors", [])
+    if not isinstance(others, list) or not all(isinstance(name, str) for name in others):
+        raise DirectionError(f"{path}: the manifest is damaged: tensors is {others!r}")
+    checksum = manifest.get("checksum")  # files of former versions have none
+    if checksum is not None and checksum != (actual := _checksum(manifest, tensors)):
+        raise DirectionError(
+            f"{path} is damaged: its values have the checksum {actual[:16]}, but {str(checksum)[:16]} was written; "
+            "make it again"
+        )
     return manifest
 
 
 def _read_safetensors(path: Path, layer: int | None) -> list[Direction]:
     tensors, metadata = _open_safetensors(path)
-    manifest = _manifest(path, metadata)
+    manifest = _manifest(path, tensors, metadata)
     found = []
     others = frozenset(manifest.get("tensors", []))
     for key, values in tensors.items():

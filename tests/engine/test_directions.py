@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pairtrace.engine.directions import Direction, load_directions, read_manifest, save_directions
+from pairtrace.engine.directions import Direction, load_directions, read_manifest, read_tensors, save_directions
 from pairtrace.errors import ConfigError, DirectionError, LayerError
 from tests.engine.small_store import any_values
 
@@ -179,6 +179,27 @@ def test_a_manifest_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> N
     ):
         with pytest.raises(DirectionError, match=message):
             load_directions(save(tensors, manifest))
+
+
+def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """In a direction, in another tensor, in what the manifest says of them; files without a checksum are older."""
+    path = tmp_path / "b.safetensors"
+    save_directions(path, [direction()], {"created": "now"}, tensors={"bias": np.ones(3), "none": np.empty(0)})
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    data = {name: 8 + size + header[name]["data_offsets"][0] for name in ("b/3", "bias")}
+    for place in (*data.values(), whole.index(b"now")):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(DirectionError, match=r"is damaged: its values have the checksum .* was written"):
+            load_directions(path)
+        with pytest.raises(DirectionError, match="is damaged"):
+            read_tensors(path)
+    path.write_bytes(whole)
+    manifest = {name: value for name, value in read_manifest(path).items() if name != "checksum"}
+    tensors = {"b/3": direction().values[0], **read_tensors(path)}
+    save_file(tensors, path, metadata={"pairtrace": json.dumps(manifest)})
+    assert load_directions(path)[0].fingerprint == direction().fingerprint
 
 
 def test_names_and_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
