@@ -145,6 +145,7 @@ def _write(path: Path, out: Path, name: str, layers: int, blocks: int, progress:
             place_of[tensor] = file.name
         progress.advance(1)
     progress.finish()
+    _require_all(path, out, set(place_of))
     if (path / INDEX).is_file():
         wanted = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
         missing = [tensor for tensor in filter(stays, sorted(wanted)) if tensor not in place_of]
@@ -156,6 +157,23 @@ def _write(path: Path, out: Path, name: str, layers: int, blocks: int, progress:
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(place_of.items()))}
         (out / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return {"layers": layers, "of": blocks, **counts, "bytes": total}
+
+
+def _require_all(path: Path, out: Path, kept: set[str]) -> None:
+    """Find weights that no file holds: engines tell of them late, or fill them with random numbers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(out))
+    wanted = set(model.state_dict())
+    if kept - wanted:
+        return  # the names in the files are others, which loading translates
+    absent = sorted(wanted - kept - set(model.all_tied_weights_keys))
+    if absent:
+        raise ModelError(
+            f"{path} is incomplete: it lacks {len(absent)} weights of what is to stay, for example {absent[0]}"
+        )
 
 
 def _carry_description(path: Path, out: Path, layers: int, blocks: int) -> None:

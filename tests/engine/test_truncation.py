@@ -155,19 +155,37 @@ def test_damaged_weights_leave_nothing_behind(damage: str, sharded: Path, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_tensors_that_the_index_names_must_be_there(sharded: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+def test_a_weight_that_is_missing_is_noticed(kind: str, request: Any, tmp_path: Path) -> None:
     """Of the blocks that stay; what is missing of the others is no matter."""
-    model = Path(shutil.copytree(sharded, tmp_path / "model"))
+    model = Path(shutil.copytree(request.getfixturevalue(kind), tmp_path / "model"))
     for block in (3, 0):
         gone = f"model.layers.{block}.mlp.up_proj.weight"
-        file = model / json.loads((model / INDEX).read_text())["weight_map"][gone]
+        (file,) = [file for file in weight_files(model) if gone in load_file(file)]
         held = {name: tensor for name, tensor in load_file(file).items() if name != gone}
         save_file(held, file, metadata={"format": "pt"})
         if block == 3:
             assert cut(model, 2, tmp_path / "shallow")["layers"] == 2
-    with pytest.raises(ModelError, match=rf"is incomplete: its weight files lack {re.escape(gone)} \(1 of"):
+    with pytest.raises(ModelError, match=rf"is incomplete: it lacks 1 weights of .*, for example {re.escape(gone)}"):
         cut(model, 2, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_where_names_are_others_the_index_tells(sharded: Path, tmp_path: Path) -> None:
+    """An older checkpoint with buffers that the model no longer has, and without a weight."""
+    model = Path(shutil.copytree(sharded, tmp_path / "model"))
+    gone, other = "model.layers.0.mlp.up_proj.weight", "model.layers.0.rotary_emb.inv_freq"
+    index = json.loads((model / INDEX).read_text())
+    index["weight_map"][other] = index["weight_map"][gone]
+    (model / INDEX).write_text(json.dumps(index))
+    file = model / index["weight_map"][gone]
+    held = {**load_file(file), other: torch.ones(3)}
+    save_file(held, file, metadata={"format": "pt"})
+    assert cut(model, 2, tmp_path / "whole")["layers"] == 2
+    del held[gone]
+    save_file(held, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=rf"is incomplete: its weight files lack {re.escape(gone)} \(1 of"):
+        cut(model, 2, tmp_path / "out")
 
 
 def test_the_cache_makes_it_once(
