@@ -17,6 +17,7 @@ from pairtrace.engine.baselines.judge_request import Rubric
 from pairtrace.engine.checkpoint import load_tokenizer
 from pairtrace.engine.cost import costs_path, read_costs
 from pairtrace.engine.scores_table import ScoresTable
+from pairtrace.engine.vllm.connector import engine_processes
 from pairtrace.engine.vllm.judge import VLLMJudge
 from pairtrace.engine.vllm.options import VLLMOptions
 from pairtrace.errors import ConfigError
@@ -88,8 +89,13 @@ def test_space_between_the_parts_of_an_answer_is_not_written(fond_of_spaces: Pat
         assert (verdict.score is not None, verdict.reason) == (True, "")
         free = {name: value for name, value in body.items() if name != "response_format"}
         assert judge.answer(free, lambda answer: [answer["choices"][0]["message"]["content"].strip()]) == [""]
+        (process,) = engine_processes(judge._engine._models[0])
+        assert b"EngineCore" in Path(f"/proc/{process}/cmdline").read_bytes()
+        (watch,) = judge._engine._watches
+        assert watch._watch is not None and watch._watch.args[-1] == str(process)
     finally:
         judge.close()
+    assert not Path(f"/proc/{process}").exists() and watch._watch is None
 
 
 def test_questions_that_cannot_be_asked(model: Path) -> None:
