@@ -190,12 +190,13 @@ class Monitor:
             if one["severity"] != "note"
         ]
 
-    def observe(self, step: int, sampler: Sampler) -> Seen:
+    def observe(self, step: int, sampler: Sampler, fingerprint: str | None = None) -> Seen:
         """Ask the model at a step, and log what has changed.
 
         Args:
             step: of training, later than those of the log.
             sampler: the model, with M0's encoder.
+            fingerprint: of its checkpoint; None where there is none, as inside a training.
 
         Raises:
             ModelError: memory does not suffice for a single response.
@@ -222,6 +223,7 @@ class Monitor:
         counts = bag.counts
         entry = {
             "step": step,
+            "checkpoint": fingerprint,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "items": len(self._asked),
             "changed": counts.pop(CHANGED, 0),

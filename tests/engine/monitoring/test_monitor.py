@@ -67,6 +67,40 @@ def test_a_log_of_other_settings_is_refused(watched: Path, m0: Path, prompts: Pa
     assert (watched / "monitor.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_log_of_another_run_is_refused(
+    m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path, follow: bool
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(checkpoints, run)
+    monitor_run(config_for(m0, prompts, run, out))
+    before = (out / "monitor.jsonl").read_bytes()
+    waiting: dict[str, Any] = {"follow": follow, "poll_seconds": 0.01, "until_step": 30}
+    assert monitor_run(config_for(m0, prompts, run, out, **waiting)).looked_at == 0
+    shutil.rmtree(run / "checkpoint-20")
+    assert monitor_run(config_for(m0, prompts, run, out, **waiting)).looked_at == 0, "removed, as training does"
+    write_checkpoint(m0, run / "checkpoint-20", 0.02, seed=2)
+    with pytest.raises(DataMismatchError, match=r"monitor\.jsonl saw weights .* at step 20, but .*give another --out"):
+        monitor_run(config_for(m0, prompts, run, out, **waiting))
+    assert (out / "monitor.jsonl").read_bytes() == before
+
+
+def test_a_log_that_lacks_a_step_is_refused(m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path) -> None:
+    config = config_for(m0, prompts, checkpoints, tmp_path)
+    monitor_run(config)
+    log = tmp_path / "monitor.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:2] + lines[3:]))
+    with pytest.raises(DataMismatchError, match=r"has step 30 but not step 20, and .*checkpoint-20 is there"):
+        monitor_run(config)
+    entries = [json.loads(line) for line in lines]
+    for entry in entries[1:]:
+        entry["checkpoint"] = None  # as a training writes it
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    with pytest.raises(DataMismatchError, match="does not say which weights it saw at step 10"):
+        monitor_run(config)
+
+
 def test_m0_answers_once(m0: Path, prompts: Path, checkpoints: Path, watched: Path, monkeypatch: Any) -> None:
     from pairtrace.engine.monitoring.monitor import Monitor
 
@@ -88,6 +122,7 @@ def test_samples_are_those_of_the_seed_and_the_step(m0: Path, prompts: Path, che
 def test_an_adapter_is_a_checkpoint(m0: Path, prompts: Path, tmp_path: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -100,6 +135,11 @@ def test_an_adapter_is_a_checkpoint(m0: Path, prompts: Path, tmp_path: Path) -> 
     monitor_run(config_for(m0, prompts, tmp_path / "run", tmp_path / "out"))
     first, second = read_log(tmp_path / "out" / "monitor.jsonl")
     assert first["changed"] == second["changed"] > 0
+    assert monitor_run(config_for(m0, prompts, tmp_path / "run", tmp_path / "out")).looked_at == 0
+    weights = tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(DataMismatchError, match="at step 1, but"):
+        monitor_run(config_for(m0, prompts, tmp_path / "run", tmp_path / "out"))
     (tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors").unlink()
     assert [step for step, _ in arriving(config_for(m0, prompts, tmp_path / "run", tmp_path), -1)] == [2]
 
