@@ -28,7 +28,7 @@ from pairtrace.engine.judge import RuleJudge, load_rules
 from pairtrace.engine.monitoring.asked import Answer, AskedPrompts
 from pairtrace.engine.monitoring.base_answers import BaseCache
 from pairtrace.engine.monitoring.clusters import WatchedCluster, known_clusters, load_watched, save_watched, unit_rows
-from pairtrace.engine.monitoring.config import BUILT_IN_RULES, MonitorConfig
+from pairtrace.engine.monitoring.config import MonitorConfig
 from pairtrace.engine.monitoring.plot import write_plot
 from pairtrace.engine.monitoring.reader import AnswerReader
 from pairtrace.engine.monitoring.watch import Changes, Seen, Watch
@@ -107,8 +107,7 @@ class Monitor:
         self.encoder = PromptEncoder.load(
             config.base, chat_template=config.chat_template, template_date=config.template_date
         )
-        rules = None if config.rules == BUILT_IN_RULES else config.rules
-        self._judge: RuleJudge | None = None if config.rules is None else load_rules(rules)
+        self._judge: RuleJudge | None = None if config.rules is None else load_rules(config.rules)
         prompts = load_prompts(config.prompts, mixed=True)
         self._asked = AskedPrompts(prompts, self.encoder, config.max_new_tokens)
         described = self.encoder.identity
