@@ -117,12 +117,13 @@ def load_checkpoint(path: Path, config: MonitorRunConfig, encoder: PromptEncoder
     """
     from pairtrace.engine.sampling import Sampler
 
+    before = _look(path)
     try:
         _require_same_tokens(path, encoder)
         model = _load_adapter(path, config, numerics) if (path / _ADAPTER).is_file() else _load(path, numerics.dtype)
         return Sampler(model.to(numerics.device), encoder)
     except ModelError:
-        if path.is_dir():
+        if not _is_going(path, before):
             raise
         logger.warning("%s was removed before it was read; it is left out", path)
         return None
@@ -137,12 +138,13 @@ def checkpoint_fingerprint(path: Path) -> str | None:
     Raises:
         ModelError: it is damaged.
     """
+    before = _look(path)
     try:
         if not (path / _ADAPTER).is_file():
             return model_fingerprint(path)
         digests = [file_digest(path / name) for name in (_ADAPTER, _ADAPTER_WEIGHTS)]
     except (ModelError, OSError) as error:
-        if path.is_dir():
+        if not _is_going(path, before):
             raise ModelError(f"the weights of {path} cannot be read: {error}") from error
         return None
     return hashlib.sha256("\n".join(digests).encode()).hexdigest()
@@ -195,6 +197,11 @@ def _is_whole(path: Path, *, note: bool = True) -> bool:
             logger.warning("%s; the checkpoint is left out", error)
         return False
     return True
+
+
+def _is_going(path: Path, before: list[tuple[str, int, int]] | None) -> bool:
+    """Whether a checkpoint that looked like that before is being removed: its files go one by one."""
+    return _look(path) != before or not _is_whole(path, note=False)
 
 
 def _look(path: Path) -> list[tuple[str, int, int]] | None:

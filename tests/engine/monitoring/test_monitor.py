@@ -187,8 +187,9 @@ def test_checkpoints_are_taken_as_they_become_complete(
     assert [step for step, _ in arriving(config_for(m0, prompts, run, tmp_path, follow=True, patience=1e-9), -1)] == []
 
 
+@pytest.mark.parametrize("gone", [shutil.rmtree, lambda path: (path / "model.safetensors").unlink()])
 def test_a_checkpoint_that_vanishes_is_left_out(
-    m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: Any
 ) -> None:
     run = tmp_path / "run"
     for step in (10, 20):
@@ -197,7 +198,7 @@ def test_a_checkpoint_that_vanishes_is_left_out(
 
     def vanishing(path: Path, dtype: str) -> Any:
         if path.name == "checkpoint-10":
-            shutil.rmtree(path)
+            gone(path)
         return load(path, dtype)
 
     monkeypatch.setattr(checkpoints_module, "_load", vanishing)
