@@ -51,6 +51,11 @@ def require_checkpoints(config: MonitorRunConfig) -> None:
     """
     directory = Path(config.run)
     if not config.follow and not checkpoints_of(directory):
+        if (directory / "pairtrace_train.json").is_file():
+            raise ConfigError(
+                f"{directory} is the result of a training that is over: its checkpoints lay in {directory}.partial "
+                "and are gone; to look while it trains, give the prompts to `pairtrace train --monitor`"
+            )
         advice = "give the directory above it" if (directory / "config.json").is_file() else "or --follow to wait"
         raise ConfigError(
             f"{directory} holds no checkpoints; expected are directories such as checkpoint-100 with a config.json "

@@ -212,6 +212,11 @@ def test_bad_input_is_named(m0: Path, prompts: Path, checkpoints: Path, tmp_path
         monitor_run(config_for(m0, prompts, empty, tmp_path / "a"))
     with pytest.raises(ConfigError, match="give the directory above it"):
         monitor_run(config_for(m0, prompts, checkpoints / "checkpoint-10", tmp_path / "b"))
+    trained = tmp_path / "trained"
+    shutil.copytree(m0, trained)
+    (trained / "pairtrace_train.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"training that is over: .*trained\.partial and are gone; .*train --monitor"):
+        monitor_run(config_for(m0, prompts, trained, tmp_path / "b"))
     assert not list(tmp_path.glob("[ab]")), "M0 has answered in vain"
     with pytest.raises(LayerError, match="layer 9"):
         monitor_run(config_for(m0, prompts, checkpoints, tmp_path / "c", layer=9))
