@@ -241,7 +241,8 @@ class Monitor:
         self.logged[step] = entry
         write_plot(self._out / PLOT, list(self.logged.values()))
         for one in seen.raised:
-            logger.log(logging.INFO if one.severity == "note" else logging.WARNING, "step %d: %s", step, one.text)
+            level = logging.INFO if one.severity == "note" else logging.WARNING
+            logger.log(level, "%s at step %d: %s", one.severity, step, one.text)
         return seen
 
     def _prepare(self) -> None:

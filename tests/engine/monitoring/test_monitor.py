@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,6 +22,7 @@ from pairtrace.engine.monitoring.clusters import WatchedCluster, known_clusters,
 from pairtrace.engine.monitoring.config import MonitorConfig
 from pairtrace.engine.monitoring.plot import write_plot
 from pairtrace.engine.monitoring.run import monitor_run
+from pairtrace.engine.monitoring.watch import Alert, Changes, Seen, Watch
 from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError, LayerError, ModelError
 from tests.engine.monitoring.cases import config_for, read_log, write_checkpoint
@@ -44,6 +47,27 @@ def test_the_log_tells_what_changed(watched: Path, m0: Path, checkpoints: Path) 
         responses = np.array(table.strings("response")).reshape(2, 13)
         assert line["changed"] == int((responses[0] != responses[1]).sum())
     assert lines[2]["changed"] == 13
+
+
+def test_what_is_raised_is_told_with_its_severity(
+    m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    look = Watch.look
+
+    def raising(self: Watch, step: int, now: Changes) -> Seen:
+        severities = {10: ("note",), 20: ("note", "harmful")}[step]
+        raised = tuple(Alert(severity=one, cluster="c", text="c has grown") for one in severities)
+        return replace(look(self, step, now), raised=raised)
+
+    monkeypatch.setattr(Watch, "look", raising)
+    caplog.set_level(logging.INFO)
+    monitor_run(config_for(m0, prompts, checkpoints, tmp_path, until_step=20))
+    told = [(one.levelname, one.getMessage()) for one in caplog.records if "has grown" in one.getMessage()]
+    assert told == [
+        ("INFO", "note at step 10: c has grown"),
+        ("INFO", "note at step 20: c has grown"),
+        ("WARNING", "harmful at step 20: c has grown"),
+    ]
 
 
 def test_a_stopped_monitor_goes_on_as_if_it_had_not(
