@@ -14,12 +14,17 @@ from typing import Any, Literal
 import numpy as np
 
 from pairtrace.engine.atomic import one_writer
-from pairtrace.engine.baselines.store_pairs import open_store_data
 from pairtrace.engine.cost import CostMeter, costs_path
 from pairtrace.engine.dask_cluster import discovery_client, require_store
 from pairtrace.engine.discovery.chunk_tasks import chosen_rows
 from pairtrace.engine.discovery.clustering import ClusterConfig, Clustering, cluster
-from pairtrace.engine.discovery.description import ClusteredItems, DescriptionConfig, describe, store_inputs
+from pairtrace.engine.discovery.description import (
+    ClusteredItems,
+    DescriptionConfig,
+    describe,
+    require_describable,
+    store_inputs,
+)
 from pairtrace.engine.discovery.product import Discovered, require_directory, write_product
 from pairtrace.engine.discovery.reduced_file import REDUCED_FILE, Reduced, read_reduced, write_reduced
 from pairtrace.engine.discovery.reduction import fit_reduction, reduce_rows
@@ -122,8 +127,7 @@ def discover_pairs(config: PairsConfig, progress: Progress = NULL_PROGRESS) -> D
             meter.extra["scheduler"] = config.scheduler
         store = ActivationStore.open(config.store, allow_incomplete=config.allow_incomplete)
         layer = _layer(store, config.layer)
-        if config.description.data is not None:
-            open_store_data(store, config.description.data)  # refused now rather than after the clustering
+        require_describable(store, config.description)
         chosen = _chosen(store, config)
         count = int(chosen.sum())
         size = config.min_cluster_size or default_min_cluster_size(count)

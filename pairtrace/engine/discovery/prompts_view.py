@@ -18,11 +18,18 @@ import numpy as np
 import pyarrow as pa
 
 from pairtrace.engine.atomic import one_writer
+from pairtrace.engine.behavior import require_readable
 from pairtrace.engine.cost import CostMeter, costs_path
 from pairtrace.engine.dask_cluster import discovery_client
 from pairtrace.engine.discovery.clustering import Clustering
 from pairtrace.engine.discovery.columns import Column
-from pairtrace.engine.discovery.description import ClusteredItems, Description, describe, store_inputs
+from pairtrace.engine.discovery.description import (
+    ClusteredItems,
+    Description,
+    describe,
+    require_describable,
+    store_inputs,
+)
 from pairtrace.engine.discovery.exemplars import plain_text
 from pairtrace.engine.discovery.flags import NOTHING_JUDGED, shown_shares, verdict_changes
 from pairtrace.engine.discovery.product import Discovered, require_directory, write_product
@@ -68,6 +75,8 @@ def discover_prompts(config: PromptsConfig, progress: Progress = NULL_PROGRESS) 
     path = costs_path(str(Path(config.out) / "clusters.json"))
     with CostMeter(method="activation", stage="discover", device=config.device, path=path, resumed=resumed) as meter:
         store = ActivationStore.open(config.store, allow_incomplete=config.allow_incomplete)
+        require_readable(config.behavior, mixed=True)
+        require_describable(store, config.description)
         with one_writer(config.out):
             return _discover(config, store, meter, progress)
 

@@ -227,6 +227,7 @@ def test_what_cannot_be_clustered_is_refused_before_any_work(
         ({"out": str(file)}, ConfigError, "which is a file"),
         ({"scheduler": "tcp://127.0.0.1:1"}, ConfigError, "no Dask scheduler answers"),
         ({"description": replace(QUICK, data=str(file))}, DataError, "file"),
+        ({"description": replace(QUICK, metadata=("nosuch",))}, ConfigError, "no column 'nosuch' in the data"),
     ):
         with pytest.raises(error, match=message):
             discover_pairs(replace(config, **changed))
