@@ -33,7 +33,7 @@ from pairtrace.engine.discovery.description import (
 from pairtrace.engine.discovery.exemplars import plain_text
 from pairtrace.engine.discovery.flags import NOTHING_JUDGED, shown_shares, verdict_changes
 from pairtrace.engine.discovery.product import Discovered, require_directory, write_product
-from pairtrace.engine.discovery.prompt_bag import BagItem, bag_items
+from pairtrace.engine.discovery.prompt_bag import UNCHANGED, BagItem, bag_items
 from pairtrace.engine.discovery.prompt_points import cluster_with_images, points_with_length, reduced_rows
 from pairtrace.engine.discovery.prompt_reading import read_bag
 from pairtrace.engine.discovery.prompts_config import PromptsConfig
@@ -90,10 +90,13 @@ def _discover(config: PromptsConfig, store: ActivationStore, meter: CostMeter, p
     settings = config.clustering(len(changed))
     details: dict[str, Any] = {"prompts": bag.counts, "read_pairs": bag.pairs}
     if len(changed) < settings.min_cluster_size:
-        details["note"] = (
-            f"{len(changed)} of {len(items)} prompts changed, but a cluster needs {settings.min_cluster_size}, so "
-            "there is none; give more prompts or a lower --min-cluster-size"
-        )
+        needed = f"{len(changed)} of {len(items)} prompts changed, but a cluster needs {settings.min_cluster_size}"
+        details["note"] = f"{needed}, so there is none; give more prompts or a lower --min-cluster-size"
+        if bag.counts == {UNCHANGED: len(items)}:
+            details["note"] = (
+                f"none of the {len(items)} prompts changed: both models give the same answers to all of them, so "
+                "there is no cluster; is --tuned the model that you mean?"
+            )
         logger.warning("%s", details["note"])
         clustering, description = _nothing(len(changed), store.width)
     else:
