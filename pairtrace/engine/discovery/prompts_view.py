@@ -20,7 +20,7 @@ import pyarrow as pa
 from pairtrace.engine.atomic import one_writer
 from pairtrace.engine.behavior import require_readable
 from pairtrace.engine.cost import CostMeter, costs_path
-from pairtrace.engine.dask_cluster import discovery_client
+from pairtrace.engine.dask_cluster import discovery_client, require_address
 from pairtrace.engine.discovery.clustering import Clustering
 from pairtrace.engine.discovery.columns import Column
 from pairtrace.engine.discovery.description import (
@@ -70,6 +70,8 @@ def discover_prompts(config: PromptsConfig, progress: Progress = NULL_PROGRESS) 
         MissingDependencyError: Dask, hdbscan or SciPy is not installed.
     """
     require_directory(config.out)
+    if config.scheduler is not None:
+        require_address(config.scheduler)
     sampled = Path(config.behavior.rollouts_out)
     resumed = sampled.exists() or journal_path(sampled).exists()
     path = costs_path(str(Path(config.out) / "clusters.json"))

@@ -221,6 +221,7 @@ def test_cheap_errors_come_before_any_model_is_read(
     for message, changes in (
         ("cannot read the rule file", {"rules": "nowhere.yaml", "label_column": None}),
         ("cannot read the prompt file", {"prompts": str(tmp_path / "nowhere.jsonl")}),
+        ("--scheduler is 'rubbish'", {"scheduler": "rubbish"}),
         ("no column 'nosuch' in the data", {"description": DescriptionConfig(metadata=("nosuch",))}),
     ):
         with pytest.raises((ConfigError, DataFormatError), match=message):
