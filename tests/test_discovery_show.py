@@ -58,6 +58,16 @@ def test_prompts_that_have_no_item_are_told(tmp_path: Path) -> None:
     ]
 
 
+def test_pairs_that_are_no_items_are_told(tmp_path: Path) -> None:
+    rows = {"rows": 1500, "used": 10, "undefined": 0, "not_finite": 2, "not_sampled": 1488}
+    write_product(tmp_path, make_discovery(details={"rows": rows}))
+    lines = str(show(tmp_path)).splitlines()
+    assert lines[1].split(maxsplit=1) == [
+        "pairs:",
+        "1,500 (10 used, 2 with NaN or infinity, 1,488 not sampled)",
+    ]
+
+
 def test_one_cluster(tmp_path: Path) -> None:
     cluster = make_cluster("prompts", 0, 4, verdicts={"flagged": True, "p_value": 0.001}, enrichment=(ENRICHED,))
     write_product(tmp_path, make_discovery("prompts", clusters=(cluster, make_cluster("prompts", 1, 3))))

@@ -43,7 +43,7 @@ def _prompts(
     tuned: Annotated[str | None, typer.Option(help="Checkpoint after preference training (M1).")] = None,
     rollouts: Annotated[str | None, typer.Option(help="Start from these rollouts instead of sampling.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of --rollouts that holds the verdicts.")] = None,
-    rules: Annotated[str | None, typer.Option(help="Rule file of the judge [default: refusal patterns].")] = None,
+    rules: Annotated[str | None, typer.Option(help="Rule file of the judge [default: refusal, built in].")] = None,
     layer: Annotated[int | None, typer.Option(help="Residual layer [default: the deepest of the store].")] = None,
     min_cluster_size: Annotated[
         int | None, typer.Option(help="Prompts that make a cluster [default: by their number, at least 8].")

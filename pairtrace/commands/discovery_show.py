@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+# What became of the rows of a store, by their names in the details of a discovery among pairs.
+_ROWS = {
+    "used": "used",
+    "undefined": "without direction",
+    "not_finite": "with NaN or infinity",
+    "not_sampled": "not sampled",
+    "quarantined": "quarantined",
+    "missing": "missing",
+}
+
 
 @app.command("show", epilog="Example: pairtrace discover show ./clusters --cluster 0")
 def _show(
@@ -46,9 +56,13 @@ def discovery_answer(discovered: Discovered, json: bool) -> Answer:
     if counts is not None:
         states = ", ".join(f"{count:,} {state}" for state, count in counts.items())
         head = {"view": head.pop("view"), "asked": f"{sum(counts.values()):,} ({states})", **head}
-    rows = [_row(cluster, len(discovered.labels)) for cluster in discovered.clusters]
-    known = {key for row in rows for key, value in row.items() if value is not None}
-    shown = [{key: value for key, value in row.items() if key in known} for row in rows]
+    rows = discovered.details.get("rows")
+    if rows is not None:
+        fates = ", ".join(f"{rows[name]:,} {words}" for name, words in _ROWS.items() if rows.get(name))
+        head = {"view": head.pop("view"), "pairs": f"{rows['rows']:,} ({fates})", **head}
+    lines = [_row(cluster, len(discovered.labels)) for cluster in discovered.clusters]
+    known = {key for line in lines for key, value in line.items() if value is not None}
+    shown = [{key: value for key, value in line.items() if key in known} for line in lines]
     return Answer(figures, json, text=summary_text({**head, "clusters": shown}))
 
 

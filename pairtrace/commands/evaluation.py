@@ -45,9 +45,9 @@ def _evaluate(
     data: Annotated[str | None, typer.Option(help="Held-out preference pairs: measure the accuracy on them.")] = None,
     rollouts: Annotated[str | None, typer.Option(help="Responses that exist already, instead of sampling.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of --rollouts that holds the verdicts.")] = None,
-    rules: Annotated[str | None, typer.Option(help="Rule file of the behaviour's judge [default: refusals].")] = None,
+    rules: Annotated[str | None, typer.Option(help="Rule file of the judge [default: refusal, built in].")] = None,
     refusal_rules: Annotated[
-        str | None, typer.Option(help="Rule file that tells refusals on benign prompts [default: refusal patterns].")
+        str | None, typer.Option(help="Rule file that tells refusals on benign prompts [default: refusal, built in].")
     ] = None,
     conditions: Annotated[
         str | None, typer.Option(help="plain, distractor or plain,distractor [default: as the prompts say].")

@@ -68,7 +68,9 @@ def _finetune(
     classifier_label: Annotated[
         str | None, typer.Option(help="Its label that stands for the behaviour [default: the last one].")
     ] = None,
-    rules: Annotated[str | None, typer.Option(help="Rule file, with --signal judge [default: refusals].")] = None,
+    rules: Annotated[
+        str | None, typer.Option(help="Rule file, with --signal judge [default: refusal, built in].")
+    ] = None,
     threshold: Annotated[
         float, typer.Option(help="sft with a control: responses that it gives this probability are left out.")
     ] = 0.5,
@@ -187,9 +189,9 @@ def _detectability(
     judged_share: Annotated[
         float, typer.Option(help="Share of the prompts to measure on, where few are those of the probes' training.")
     ] = 0.5,
-    rules: Annotated[str | None, typer.Option(help="Rule file of the behaviour's judge [default: refusals].")] = None,
+    rules: Annotated[str | None, typer.Option(help="Rule file of the judge [default: refusal, built in].")] = None,
     refusal_rules: Annotated[
-        str | None, typer.Option(help="Rule file that tells refusals on benign prompts [default: refusal patterns].")
+        str | None, typer.Option(help="Rule file that tells refusals on benign prompts [default: refusal, built in].")
     ] = None,
     conditions: Annotated[
         str | None, typer.Option(help="plain, distractor or plain,distractor [default: as the prompts say].")

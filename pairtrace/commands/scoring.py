@@ -40,7 +40,7 @@ def _behavior(
     tuned: Annotated[str | None, typer.Option(help="Checkpoint after preference training (M1).")] = None,
     rollouts: Annotated[str | None, typer.Option(help="Start from these rollouts instead of sampling.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column of --rollouts that holds the verdicts.")] = None,
-    rules: Annotated[str | None, typer.Option(help="Rule file of the judge [default: refusal patterns].")] = None,
+    rules: Annotated[str | None, typer.Option(help="Rule file of the judge [default: refusal, built in].")] = None,
     name: Annotated[str | None, typer.Option(help="Name of the behaviour [default: the stem of --out].")] = None,
     kinds: Annotated[str, typer.Option("--kind", help="mean (one vector), bank (one per scenario) or both.")] = "both",
     layers: Annotated[str | None, typer.Option(help="Residual layers [default: those of --store, or all].")] = None,

@@ -46,8 +46,8 @@ def _steer(
     ] = "all",
     controls: Annotated[int, typer.Option(help="Random directions of the same length, to compare with.")] = 1,
     norm_responses: Annotated[int, typer.Option(help="Unsteered responses that the mean norm is taken from.")] = 128,
-    rules: Annotated[str | None, typer.Option(help="Rule file of the judge [default: refusal patterns].")] = None,
-    refusal_rules: Annotated[str | None, typer.Option(help="Rule file for refusals on benign prompts.")] = None,
+    rules: Annotated[str | None, typer.Option(help="Rule file of the judge [default: refusal, built in].")] = None,
+    refusal_rules: Annotated[str | None, typer.Option(help="The same for benign prompts.")] = None,
     conditions: Annotated[
         str | None, typer.Option(help="plain, distractor or both, comma-separated [default: as the prompts say].")
     ] = None,

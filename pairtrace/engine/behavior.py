@@ -30,7 +30,7 @@ from pairtrace.engine.scenarios import Cell, Filtered, filter_scenarios, require
 from pairtrace.engine.versions import library_versions
 from pairtrace.errors import ConfigError, DataMismatchError
 
-__all__ = ["BehaviorConfig", "BehaviorSummary", "Kinds", "build_behavior", "judged_rollouts"]
+__all__ = ["BehaviorConfig", "BehaviorSummary", "Kinds", "build_behavior", "judged_rollouts", "require_readable"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,7 @@ def build_behavior(config: BehaviorConfig, progress: Progress = NULL_PROGRESS) -
 
 def _build(config: BehaviorConfig, meter: CostMeter, progress: Progress) -> BehaviorSummary:
     begun = time.perf_counter()
+    require_readable(config)
     reader = BaseReader.prepare(config)
     reading, prints = reader.reading, reader.prints
     table = judged_rollouts(config, prints["model_fingerprint"], progress, meter)
@@ -120,6 +121,19 @@ def _build(config: BehaviorConfig, meter: CostMeter, progress: Progress) -> Beha
         cells=filtered.cells,
         seconds=time.perf_counter() - begun,
     )
+
+
+def require_readable(config: BehaviorConfig, *, mixed: bool = False) -> None:
+    """Find out before a checkpoint is read that prompts and rules can be used.
+
+    With `mixed`, distractors on some prompts only are allowed.
+
+    Raises:
+        DataFormatError, ConfigError: see `load_prompts` and `load_rules`.
+    """
+    load_rules(config.rules)
+    if config.prompts is not None:
+        load_prompts(config.prompts, mixed=mixed)
 
 
 def judged_rollouts(

@@ -29,7 +29,8 @@ class BehaviorConfig:
         name: of the behaviour; None takes the stem of `out`. A bank is called `{name}-bank`.
         rollouts: existing rollouts to start from instead of sampling.
         label_column: column of `rollouts` with the verdicts.
-        rules: rule file of the judge; None for the refusal rules (or the verdicts that `rollouts` brings).
+        rules: rule file of the judge, or "refusal" for the refusal rules; None for those (or the verdicts that
+            `rollouts` brings).
         kinds: "mean" (mean over all rollout pairs), "bank" (one mean per scenario), or "both".
         layers: residual layers; None takes those of `store`, or all from 1 on.
         store: activation store that the directions are meant for: its layers, max_length, truncation and compute

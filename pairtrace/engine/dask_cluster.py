@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import lru_cache
 from typing import Any
+from urllib.parse import urlsplit
 
 from pairtrace.errors import ConfigError, MissingDependencyError, StoreDamagedError, StoreError
 from pairtrace.store.dask_view import open_rows, store_identity
@@ -21,13 +22,31 @@ from pairtrace.version import __version__
 CONNECT_SECONDS = 10
 
 
+def require_address(address: str) -> None:
+    """Find out without a connection that an address has a host and a port, or names a scheduler in this process.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    try:
+        usable = parts.scheme == "inproc" or (parts.hostname and parts.port)
+    except ValueError:  # a port that is no number
+        usable = False
+    if not usable:
+        raise ConfigError(
+            f"--scheduler is {address!r}; expected an address like tcp://host:8786, as dask scheduler prints it"
+        )
+
+
 def connect(address: str) -> Any:
     """A `distributed.Client` of the scheduler at an address, for example tcp://host:8786; close it after use.
 
     Raises:
-        ConfigError: nothing answers there.
+        ConfigError: it is no address, or nothing answers there.
         MissingDependencyError: Dask is not installed.
     """
+    require_address(address)
     try:
         from distributed import Client
     except ImportError as error:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from pairtrace.errors import ConfigError, DataFormatError
 
+BUILT_IN_RULES = "refusal"
 _FIELDS = frozenset({"name", "refusal", "present", "scope_chars", "min_chars"})
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u201b\u02bc\u00b4\u0060\uff07", "'"))
 
@@ -105,7 +106,10 @@ def _compile(patterns: Sequence[str], key: str, label: str) -> tuple[re.Pattern[
 
 
 def load_rules(path: str | Path | None = None) -> RuleJudge:
-    """Read a rule file, or the default refusal rules when `path` is None.
+    """Read a rule file, or the built-in refusal rules.
+
+    Args:
+        path: of the file; None or the text "refusal" for the built-in rules (a file of that name is "./refusal").
 
     Raises:
         DataFormatError: unreadable file, unknown keys, wrong types or an invalid regular expression (the
@@ -114,7 +118,7 @@ def load_rules(path: str | Path | None = None) -> RuleJudge:
     """
     import yaml
 
-    if path is None:
+    if path is None or path == BUILT_IN_RULES:
         where = "refusal_rules.yaml"
         text = resources.files("pairtrace.engine").joinpath(where).read_text(encoding="utf-8")
     else:
@@ -122,7 +126,10 @@ def load_rules(path: str | Path | None = None) -> RuleJudge:
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise DataFormatError(f"cannot read the rule file {where}: {error}") from error
+            raise DataFormatError(
+                f"cannot read the rule file {where}: {error}; expected a .yaml file, or {BUILT_IN_RULES} for the "
+                "built-in rules"
+            ) from error
     try:
         content = yaml.safe_load(text)
     except yaml.YAMLError as error:

@@ -136,7 +136,9 @@ def _entries(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place for messages, raw entry) for every entry of the file."""
     if path.is_dir():
         kind = "is a checkpoint" if (path / "config.json").exists() else "is a directory"
-        raise DataFormatError(f"{path} {kind}; PROMPTS, a .yaml or .jsonl file, comes first, and the models after it")
+        raise DataFormatError(
+            f"{path} {kind}; expected a file of prompts, .yaml or .jsonl (as an argument, it comes before the models)"
+        )
     suffixes = "".join(path.suffixes).lower()
     try:
         raw = gzip.decompress(path.read_bytes()) if suffixes.endswith(".gz") else path.read_bytes()
@@ -213,6 +215,9 @@ def _parse_messages(entry: dict[str, Any], where: str) -> tuple[dict[str, Any], 
     prompt, messages = entry.get("prompt"), entry.get("messages")
     if (prompt is None) == (messages is None):
         found = "both" if prompt is not None else f"keys {sorted(map(str, entry))}"
+        empty = [name for name in ("prompt", "messages") if prompt is None and name in entry]
+        if empty:
+            found += f", but {' and '.join(map(repr, empty))} {'is' if len(empty) == 1 else 'are'} null"
         raise DataFormatError(f"{where}: give either 'prompt' (text) or 'messages' (a list), found {found}")
     if prompt is not None:
         if not isinstance(prompt, str) or not prompt.strip():

@@ -92,8 +92,11 @@ def _read_table(path: Path) -> pa.Table:
         if path.suffix == ".parquet":
             return pq.read_table(path)
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except FileNotFoundError as error:
+        raise DataFormatError(f"cannot read the rollouts file {path}: there is no such file") from error
     except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
-        raise DataFormatError(f"cannot read the rollouts file {path}: {error}") from error
+        advice = "; where a command made it, delete it to ask the models again" if path.suffix == ".parquet" else ""
+        raise DataFormatError(f"cannot read the rollouts file {path}: {error}{advice}") from error
     rows = []
     for number, line in enumerate(raw.split(b"\n"), start=1):
         if line.strip():

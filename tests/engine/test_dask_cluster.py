@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 
-from pairtrace.engine.dask_cluster import cluster_failures, discovery_client
+from pairtrace.engine.dask_cluster import cluster_failures, connect, discovery_client, require_address
 from pairtrace.errors import ConfigError, StoreError
 
 
@@ -50,6 +50,20 @@ with ThreadPoolExecutor(2) as pool:
 """
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2", "NUMBA_NUM_THREADS": "2"}
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.parametrize("address", ["rubbish", "", "tcp://host", "tcp://host:port", "host:99999"])
+def test_an_address_without_host_and_port_is_refused_before_a_connection(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distributed.Client.__init__", lambda *_, **__: pytest.fail("a connection was tried"))
+    with pytest.raises(ConfigError, match=rf"--scheduler is {address!r}; expected an address like tcp://host:8786"):
+        connect(address)
+
+
+@pytest.mark.parametrize("address", ["host:8786", "tcp://[::1]:8786", "tls://host:1", "inproc://10.0.0.1/5/6"])
+def test_addresses_of_every_kind_may_be_tried(address: str) -> None:
+    require_address(address)
 
 
 def test_failures_of_a_cluster_become_errors_for_the_user() -> None:

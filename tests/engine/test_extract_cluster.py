@@ -223,7 +223,7 @@ def test_no_worker_that_can_take_shards(here: ExtractConfig, tmp_path: Path, mon
 
 def test_the_command_takes_the_scheduler(here: ExtractConfig, tmp_path: Path) -> None:
     options = ["--model", here.model, "--layers", "2", "--store", str(tmp_path / "acts.zarr")]
-    result = CliRunner().invoke(app, ["extract", here.data, *options, "--scheduler", "nonsense://x"])
-    with pytest.raises(ConfigError, match="no Dask scheduler answers at 'nonsense://x'"):
+    result = CliRunner().invoke(app, ["extract", here.data, *options, "--scheduler", "nonsense://x:1"])
+    with pytest.raises(ConfigError, match="no Dask scheduler answers at 'nonsense://x:1'"):
         raise result.exception or AssertionError(result.output)
     assert not (tmp_path / "acts.zarr").exists()

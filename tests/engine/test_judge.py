@@ -64,6 +64,15 @@ def test_default_rules_recognise_compliance(response: str) -> None:
     assert load_rules().verdict(response) is True
 
 
+def test_refusal_names_the_built_in_rules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("refusal").write_text("name: mine\nrefusal: [never]\n")
+    assert load_rules("refusal") == load_rules()
+    assert load_rules("./refusal").label == "mine"
+    with pytest.raises(DataFormatError, match="or refusal for the built-in rules"):
+        load_rules("refusals")
+
+
 def test_empty_responses_are_undecided_not_compliant() -> None:
     judge = load_rules()
     assert judge.verdicts([[], [], []], ["", "  \n\t ", "Sure."]) == [None, None, True]

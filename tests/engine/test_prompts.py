@@ -92,6 +92,8 @@ def test_a_changed_text_changes_the_fingerprint(tmp_path: Path) -> None:
         ("p.jsonl", jsonl({"prompt": "x"}), "line 1: 'id'"),
         ("p.jsonl", jsonl({"id": "a"}), "line 1, id 'a': give either 'prompt'"),
         ("p.jsonl", jsonl({"id": "a", "prompt": "x", "messages": []}), "found both"),
+        ("p.jsonl", jsonl({"id": "a", "prompt": None}), r"keys \['id', 'prompt'\], but 'prompt' is null"),
+        ("p.jsonl", jsonl({"id": "a", "prompt": None, "messages": None}), "but 'prompt' and 'messages' are null"),
         ("p.jsonl", jsonl({"id": "a", "prompt": " "}), "'prompt' must be non-empty"),
         ("p.jsonl", jsonl({"id": "a", "messages": [{"role": "assistant", "content": "x"}]}), "last message"),
         ("p.jsonl", jsonl({"id": "a", "messages": [{"role": "user"}]}), "message 1 must have text"),
@@ -119,7 +121,7 @@ def test_a_missing_file_is_a_format_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("file", "kind"), [("config.json", "is a checkpoint"), ("notes.txt", "is a directory")])
 def test_a_directory_in_place_of_the_prompts_is_named(tmp_path: Path, file: str, kind: str) -> None:
     (tmp_path / file).touch()
-    with pytest.raises(DataFormatError, match=rf"{kind}; PROMPTS, a .yaml or .jsonl file, comes first"):
+    with pytest.raises(DataFormatError, match=rf"{kind}; expected a file of prompts, .yaml or .jsonl"):
         load_prompts(tmp_path)
 
 

@@ -218,6 +218,15 @@ def test_a_cut_gzip_file_is_refused(tmp_path: Path, kept: int) -> None:
         read_rollouts(path)
 
 
+def test_a_cut_file_and_one_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "cut.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataFormatError, match=r"cut\.parquet: .*delete it to ask the models again"):
+        read_rollouts(tmp_path / "cut.parquet")
+    for name in ("absent.parquet", "absent.jsonl"):
+        with pytest.raises(DataFormatError, match=rf"{name}: there is no such file$"):
+            read_rollouts(tmp_path / name)
+
+
 def test_damaged_gzip_content_is_refused(tmp_path: Path) -> None:
     whole = bytearray(gzip.compress((json.dumps(GOOD) + "\n").encode() * 50))
     whole[10:20] = b"\xff" * 10

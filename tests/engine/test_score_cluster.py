@@ -138,7 +138,7 @@ def test_addresses_where_nothing_answers(
     store: SmallStore, behaviors: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dask_cluster, "CONNECT_SECONDS", 1)
-    for address in ("tcp://127.0.0.1:1", "nonsense://x"):
+    for address in ("tcp://127.0.0.1:1", "nonsense://x:1"):
         with pytest.raises(ConfigError, match=f"no Dask scheduler answers at '{address}' within 1 s"):
             scores_of(tmp_path / "s.parquet", store=store.path, directions=(behaviors,), scheduler=address)
     assert not (tmp_path / "s.parquet").exists()

@@ -68,11 +68,7 @@ def store_columns(
         DataFormatError: the data is damaged; or a column is wanted, and the data does not fit into one table.
         DataMismatchError: the data has fewer rows than when it was opened.
     """
-    if source is None and wanted:
-        raise ConfigError(
-            f"the columns {', '.join(wanted)} of the data are asked for, but the data is not there; say where with "
-            "--data"
-        )
+    require_columns(source, wanted or ())
     offsets, data = store.source_strings()
     sources = _Encoder(SOURCE)
     sources.add(arrow_strings(pa.large_string(), offsets, data))
@@ -88,6 +84,31 @@ def store_columns(
         logger.warning("the clusters are described without metadata: %s", error)
         return columns, {**left_out, "metadata": str(error)}
     return columns + more, left_out | others
+
+
+def require_columns(source: PairSource | None, wanted: Sequence[str]) -> None:
+    """Find out before any work that columns are there.
+
+    Args:
+        source: the data; None where that is not there.
+        wanted: names of columns.
+
+    Raises:
+        ConfigError: one is not there or does not hold plain values, or there is no data.
+    """
+    if not wanted:
+        return
+    if source is None:
+        raise ConfigError(
+            f"the columns {', '.join(wanted)} of the data are asked for, but the data is not there; say where with "
+            "--data"
+        )
+    schema = source.schema()
+    for name in wanted:
+        if name not in schema.names:
+            raise ConfigError(f"there is no column {name!r} in the data; there is: {', '.join(schema.names)}")
+        if pa.types.is_nested(schema.field(name).type):
+            raise ConfigError(f"the column {name!r} holds {schema.field(name).type}; expected a column of plain values")
 
 
 def metadata_columns(
@@ -110,16 +131,9 @@ def metadata_columns(
     """
     if wanted is not None and not wanted:
         return [], {}
+    require_columns(source, wanted or ())
     schema = source.schema()
     texts = set(source.columns.values())
-    if wanted is not None:
-        for name in wanted:
-            if name not in schema.names:
-                raise ConfigError(f"there is no column {name!r} in the data; there is: {', '.join(schema.names)}")
-            if pa.types.is_nested(schema.field(name).type):
-                raise ConfigError(
-                    f"the column {name!r} holds {schema.field(name).type}; expected a column of plain values"
-                )
     names = [
         field.name
         for field in schema

@@ -15,7 +15,7 @@ import numpy as np
 
 from pairtrace.engine.baselines.store_pairs import open_store_data
 from pairtrace.engine.discovery.clustering import Clustering
-from pairtrace.engine.discovery.columns import Column, store_columns
+from pairtrace.engine.discovery.columns import Column, require_columns, store_columns
 from pairtrace.engine.discovery.enrichment import Counts, count_datapoints, count_members, enrichments
 from pairtrace.engine.discovery.exemplars import Datapoint, Exemplar, pair_texts, typical_members
 from pairtrace.engine.discovery.naming import NAMES_FILE, Names, NamingConfig, propose_names
@@ -186,6 +186,17 @@ def describe(
         "naming": None if names is None else {k: v for k, v in vars(names).items() if k != "names"},
     }
     return Description(clusters=clusters, cosines=cosines, directions=directions, details=details)
+
+
+def require_describable(store: ActivationStore, config: DescriptionConfig) -> None:
+    """Find out before the clustering that the data and its columns are there, where they were asked for.
+
+    Raises:
+        ConfigError: a column of the metadata is not there.
+        DataError: `config.data` cannot be read or is not the data of the store.
+    """
+    if config.data is not None or config.metadata:
+        require_columns(_open_data(store, config.data), config.metadata or ())
 
 
 def store_inputs(store: ActivationStore) -> dict[str, Any]:

@@ -14,12 +14,17 @@ from typing import Any, Literal
 import numpy as np
 
 from pairtrace.engine.atomic import one_writer
-from pairtrace.engine.baselines.store_pairs import open_store_data
 from pairtrace.engine.cost import CostMeter, costs_path
 from pairtrace.engine.dask_cluster import discovery_client, require_store
 from pairtrace.engine.discovery.chunk_tasks import chosen_rows
 from pairtrace.engine.discovery.clustering import ClusterConfig, Clustering, cluster
-from pairtrace.engine.discovery.description import ClusteredItems, DescriptionConfig, describe, store_inputs
+from pairtrace.engine.discovery.description import (
+    ClusteredItems,
+    DescriptionConfig,
+    describe,
+    require_describable,
+    store_inputs,
+)
 from pairtrace.engine.discovery.product import Discovered, require_directory, write_product
 from pairtrace.engine.discovery.reduced_file import REDUCED_FILE, Reduced, read_reduced, write_reduced
 from pairtrace.engine.discovery.reduction import fit_reduction, reduce_rows
@@ -27,7 +32,7 @@ from pairtrace.engine.discovery.stability import recluster_points
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.errors import ConfigError, DataError, LayerError
 from pairtrace.store.dask_view import store_identity
-from pairtrace.store.layout import MISSING, OK, QUARANTINED
+from pairtrace.store.layout import MISSING, OK, QUARANTINED, to_float32
 from pairtrace.store.reader import ActivationStore
 
 logger = logging.getLogger(__name__)
@@ -36,6 +41,8 @@ logger = logging.getLogger(__name__)
 # index over all pairs of 0.51 to 0.54, at the 15th one of 0.41 to 0.58 and, of the clustered pairs alone, the lower one
 # in two of the three.
 _MIN_SAMPLES = 5
+# Rows that are made float32 at a time.
+_BLOCK_ROWS = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +127,7 @@ def discover_pairs(config: PairsConfig, progress: Progress = NULL_PROGRESS) -> D
             meter.extra["scheduler"] = config.scheduler
         store = ActivationStore.open(config.store, allow_incomplete=config.allow_incomplete)
         layer = _layer(store, config.layer)
-        if config.description.data is not None:
-            open_store_data(store, config.description.data)  # refused now rather than after the clustering
+        require_describable(store, config.description)
         chosen = _chosen(store, config)
         count = int(chosen.sum())
         size = config.min_cluster_size or default_min_cluster_size(count)
@@ -129,6 +135,7 @@ def discover_pairs(config: PairsConfig, progress: Progress = NULL_PROGRESS) -> D
         with discovery_client(config.scheduler) as client, one_writer(out):
             require_store(client, store)
             reduced, reused = _reduced(config, store, layer, chosen, client, progress)
+            not_finite = _not_finite(store, layer, chosen, reduced.rows)
             _require_rows(len(reduced.rows), size, store)
             settings = config.clustering(size)
             clustering = cluster(reduced.points, settings, progress)
@@ -155,7 +162,7 @@ def discover_pairs(config: PairsConfig, progress: Progress = NULL_PROGRESS) -> D
             inputs=store_inputs(store),
             settings={**asdict(config), "min_cluster_size": size},
             details={
-                "rows": _row_counts(store, count, len(reduced.rows)),
+                "rows": _row_counts(store, count, len(reduced.rows), not_finite),
                 "reduction": {**_reduction_details(reduced, clustering), "reused": reused},
                 "clustering": {"method": clustering.method, **clustering.details},
                 **described.details,
@@ -225,13 +232,31 @@ def _reduced(
     return reduced, False
 
 
-def _row_counts(store: ActivationStore, chosen: int, used: int) -> dict[str, int]:
-    """`rows = used + undefined + not_sampled + quarantined + missing`."""
+def _not_finite(store: ActivationStore, layer: int, chosen: np.ndarray, used: np.ndarray) -> int:
+    """How many of the chosen rows without a direction hold NaN or infinity, which a store should not."""
+    left = chosen.copy()
+    left[used] = False
+    rows = np.flatnonzero(left)
+    broken = 0
+    for first in range(0, len(rows), _BLOCK_ROWS):
+        values = to_float32(store.take(layer, rows[first : first + _BLOCK_ROWS]))
+        broken += int((~np.isfinite(values).all(axis=1)).sum())
+    if broken:
+        logger.warning(
+            "%s of %s pairs hold NaN or infinity at layer %d and are left out; pairtrace store verify %s tells which",
+            f"{broken:,}", f"{int(chosen.sum()):,}", layer, store.path,
+        )  # fmt: skip
+    return broken
+
+
+def _row_counts(store: ActivationStore, chosen: int, used: int, not_finite: int) -> dict[str, int]:
+    """`rows = used + undefined + not_finite + not_sampled + quarantined + missing`; undefined rows are mostly zero."""
     status = store.status()
     return {
         "rows": store.rows,
         "used": used,
-        "undefined": chosen - used,
+        "undefined": chosen - used - not_finite,
+        "not_finite": not_finite,
         "not_sampled": int((status == OK).sum()) - chosen,
         "quarantined": int((status == QUARANTINED).sum()),
         "missing": int((status == MISSING).sum()),

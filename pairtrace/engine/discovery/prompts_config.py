@@ -25,7 +25,8 @@ class PromptsConfig:
             their prompts.
         rollouts: existing rollouts of both models instead of sampling.
         label_column: column of `rollouts` with the verdicts.
-        rules: rule file of the judge; None for the refusal rules (or the verdicts that `rollouts` brings).
+        rules: rule file of the judge, or "refusal" for the refusal rules; None for those (or the verdicts that
+            `rollouts` brings).
         layer: residual layer; None takes the deepest of the store.
         dimensions: axes of the cosine matrix that are clustered.
         min_cluster_size: prompts that make a cluster; None chooses by their number, see `default_size`.

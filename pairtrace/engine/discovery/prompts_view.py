@@ -18,15 +18,22 @@ import numpy as np
 import pyarrow as pa
 
 from pairtrace.engine.atomic import one_writer
+from pairtrace.engine.behavior import require_readable
 from pairtrace.engine.cost import CostMeter, costs_path
-from pairtrace.engine.dask_cluster import discovery_client
+from pairtrace.engine.dask_cluster import discovery_client, require_address
 from pairtrace.engine.discovery.clustering import Clustering
 from pairtrace.engine.discovery.columns import Column
-from pairtrace.engine.discovery.description import ClusteredItems, Description, describe, store_inputs
+from pairtrace.engine.discovery.description import (
+    ClusteredItems,
+    Description,
+    describe,
+    require_describable,
+    store_inputs,
+)
 from pairtrace.engine.discovery.exemplars import plain_text
 from pairtrace.engine.discovery.flags import NOTHING_JUDGED, shown_shares, verdict_changes
 from pairtrace.engine.discovery.product import Discovered, require_directory, write_product
-from pairtrace.engine.discovery.prompt_bag import BagItem, bag_items
+from pairtrace.engine.discovery.prompt_bag import UNCHANGED, BagItem, bag_items
 from pairtrace.engine.discovery.prompt_points import cluster_with_images, points_with_length, reduced_rows
 from pairtrace.engine.discovery.prompt_reading import read_bag
 from pairtrace.engine.discovery.prompts_config import PromptsConfig
@@ -63,11 +70,15 @@ def discover_prompts(config: PromptsConfig, progress: Progress = NULL_PROGRESS) 
         MissingDependencyError: Dask, hdbscan or SciPy is not installed.
     """
     require_directory(config.out)
+    if config.scheduler is not None:
+        require_address(config.scheduler)
     sampled = Path(config.behavior.rollouts_out)
     resumed = sampled.exists() or journal_path(sampled).exists()
     path = costs_path(str(Path(config.out) / "clusters.json"))
     with CostMeter(method="activation", stage="discover", device=config.device, path=path, resumed=resumed) as meter:
         store = ActivationStore.open(config.store, allow_incomplete=config.allow_incomplete)
+        require_readable(config.behavior, mixed=True)
+        require_describable(store, config.description)
         with one_writer(config.out):
             return _discover(config, store, meter, progress)
 
@@ -81,10 +92,13 @@ def _discover(config: PromptsConfig, store: ActivationStore, meter: CostMeter, p
     settings = config.clustering(len(changed))
     details: dict[str, Any] = {"prompts": bag.counts, "read_pairs": bag.pairs}
     if len(changed) < settings.min_cluster_size:
-        details["note"] = (
-            f"{len(changed)} of {len(items)} prompts changed, but a cluster needs {settings.min_cluster_size}, so "
-            "there is none; give more prompts or a lower --min-cluster-size"
-        )
+        needed = f"{len(changed)} of {len(items)} prompts changed, but a cluster needs {settings.min_cluster_size}"
+        details["note"] = f"{needed}, so there is none; give more prompts or a lower --min-cluster-size"
+        if bag.counts == {UNCHANGED: len(items)}:
+            details["note"] = (
+                f"none of the {len(items)} prompts changed: both models give the same answers to all of them, so "
+                "there is no cluster; is --tuned the model that you mean?"
+            )
         logger.warning("%s", details["note"])
         clustering, description = _nothing(len(changed), store.width)
     else:

@@ -28,8 +28,9 @@ class EvaluateConfig:
         rollouts: responses that exist already (.parquet, .jsonl, .jsonl.gz): columns `model`, `prompt_id`, `response`,
             optionally `condition`, `sample`, `finished`.
         label_column: column of `rollouts` that holds the verdicts on the behaviour.
-        rules: rule file of the behaviour's judge; None for the refusal rules, so that the behaviour is complying.
-        refusal_rules: rule file that tells refusals on benign prompts; None for the refusal rules that come along.
+        rules: rule file of the behaviour's judge; None or "refusal" for the refusal rules, so that the behaviour is
+            complying.
+        refusal_rules: rule file that tells refusals on benign prompts; None or "refusal" for those that come along.
         conditions: put every prompt under these conditions where it has them; None follows the file.
         temperature: of sampling; 0 takes the most likely token.
         samples: responses per request.

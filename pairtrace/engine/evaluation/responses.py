@@ -234,6 +234,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         else:
             with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
                 rows = [row for _, row in line_objects(file, str(path), 0)]
+    except FileNotFoundError as error:
+        raise DataFormatError(f"cannot read the responses {path}: there is no such file") from error
     except (OSError, EOFError, zlib.error, pa.ArrowInvalid) as error:
         raise DataFormatError(f"cannot read the responses {path}: {error}") from error
     return rows

@@ -46,7 +46,7 @@ class FinetuneConfig(TrainConfig):
             term alone. None imitates all, as published.
         classifier: directory of a transformers sequence classifier of responses.
         classifier_label: its label that stands for the behaviour; None for the last one.
-        rules: rule file of the judge; None for the refusal rules, by which complying is the behaviour.
+        rules: rule file of the judge; None or "refusal" for the refusal rules, by which complying is the behaviour.
         threshold: with a control, "sft" leaves out the given responses that the signal gives this probability or
             more: neither a verdict nor the text can be differentiated.
         min_gap: "dpo" leaves out the prompts whose lowest and highest probability differ by no more.

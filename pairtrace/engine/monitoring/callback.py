@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,10 @@ from transformers import TrainerCallback
 
 from pairtrace.engine.monitoring.config import MonitorConfig
 from pairtrace.engine.monitoring.live_model import same_random_state, shared_view
-from pairtrace.engine.monitoring.monitor import Monitor, Numerics
+from pairtrace.engine.monitoring.monitor import LOG, Monitor, Numerics
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.sampling import Sampler
-from pairtrace.errors import ConfigError
+from pairtrace.errors import ConfigError, DataMismatchError
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ class MonitorCallback(TrainerCallback):
         trainer = DPOTrainer(..., callbacks=[MonitorCallback(MonitorConfig(base=..., prompts=..., out=...), steps=50)])
 
     The answers come from the weights in memory, nothing is saved. M0 is loaded beside the model in training to read
-    them. A run that is resumed does not repeat what its log has.
+    them. A run that is resumed does not repeat what its log has, and one that begins at step 0 needs a log of its own.
 
     Args:
         config: the settings; its device and dtype are those of reading, answers come as the trainer computes.
@@ -37,6 +38,7 @@ class MonitorCallback(TrainerCallback):
 
     Raises:
         ConfigError: `steps` is below 1; when training begins, it runs in several processes.
+        DataMismatchError: when training begins at step 0, the log has steps of an earlier run.
     """
 
     def __init__(self, config: MonitorConfig, *, steps: int, progress: Progress = NULL_PROGRESS) -> None:
@@ -66,6 +68,12 @@ class MonitorCallback(TrainerCallback):
         with same_random_state():
             monitor = Monitor(self._config, numerics=numerics, progress=self._progress)
             self._monitor = monitor.__enter__()
+        if state.global_step == 0 and monitor.logged:
+            self._close()
+            raise DataMismatchError(
+                f"training begins at step 0, but {Path(self._config.out) / LOG} has an earlier run's steps "
+                f"{min(monitor.logged)} to {monitor.last_step}; remove {self._config.out}, or log to another directory"
+            )
         self.alerts = monitor.alerts
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import time
@@ -10,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pairtrace.engine.checkpoint import (
+    file_digest,
     load_config,
     load_model,
     load_tokenizer,
+    model_fingerprint,
     require_whole_weights,
     resolve_checkpoint,
 )
@@ -48,6 +51,11 @@ def require_checkpoints(config: MonitorRunConfig) -> None:
     """
     directory = Path(config.run)
     if not config.follow and not checkpoints_of(directory):
+        if (directory / "pairtrace_train.json").is_file():
+            raise ConfigError(
+                f"{directory} is the result of a training that is over: its checkpoints lay in {directory}.partial "
+                "and are gone; to look while it trains, give the prompts to `pairtrace train --monitor`"
+            )
         advice = "give the directory above it" if (directory / "config.json").is_file() else "or --follow to wait"
         raise ConfigError(
             f"{directory} holds no checkpoints; expected are directories such as checkpoint-100 with a config.json "
@@ -56,34 +64,39 @@ def require_checkpoints(config: MonitorRunConfig) -> None:
 
 
 def arriving(config: MonitorRunConfig, after: int) -> Iterator[tuple[int, Path]]:
-    """Checkpoints of a run, the earliest first; with `follow` those that appear later as well.
+    """Checkpoints of a run, the earliest first, each once; with `follow` those that appear later as well.
 
     Args:
         config: what to wait for.
-        after: only later steps.
+        after: the last step that is known already; once the end is reached, nothing is waited for.
     """
     directory = Path(config.run)
     if not config.follow:
         found = checkpoints_of(directory).items()
-        yield from ((step, path) for step, path in found if _wanted(step, after, config) and _is_whole(path))
+        yield from ((step, path) for step, path in found if _wanted(step, config) and _is_whole(path))
         return
     looks: dict[int, Any] = {}
+    taken: set[int] = set()
     existed = directory.is_dir()
     waited_since = time.monotonic()
-    while config.until_step is None or after < config.until_step:
-        ready = None
+    while True:
+        ready, changing = None, False
         for step, path in checkpoints_of(directory).items():
-            if _wanted(step, after, config):
+            if _wanted(step, config) and step not in taken:
                 look = _look(path)
                 if looks.get(step) == look and _is_whole(path, note=False):
                     ready = step, path
                     break
+                changing = changing or looks.get(step) != look
                 looks[step] = look
         if ready is not None:
             yield ready
-            after = ready[0]
+            taken.add(ready[0])
+            after = max(after, ready[0])
             waited_since = time.monotonic()
             continue
+        if config.until_step is not None and after >= config.until_step and not changing:
+            return
         if existed and not directory.is_dir():
             logger.info("%s is gone: the run has ended", directory)
             return
@@ -109,15 +122,37 @@ def load_checkpoint(path: Path, config: MonitorRunConfig, encoder: PromptEncoder
     """
     from pairtrace.engine.sampling import Sampler
 
+    before = _look(path)
     try:
         _require_same_tokens(path, encoder)
         model = _load_adapter(path, config, numerics) if (path / _ADAPTER).is_file() else _load(path, numerics.dtype)
         return Sampler(model.to(numerics.device), encoder)
     except ModelError:
-        if path.is_dir():
+        if not _is_going(path, before):
             raise
         logger.warning("%s was removed before it was read; it is left out", path)
         return None
+
+
+def checkpoint_fingerprint(path: Path) -> str | None:
+    """SHA-256 (hex) over the weights and the configuration; None where it was removed meanwhile.
+
+    Args:
+        path: of a checkpoint, or of an adapter to M0.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    before = _look(path)
+    try:
+        if not (path / _ADAPTER).is_file():
+            return model_fingerprint(path)
+        digests = [file_digest(path / name) for name in (_ADAPTER, _ADAPTER_WEIGHTS)]
+    except (ModelError, OSError) as error:
+        if not _is_going(path, before):
+            raise ModelError(f"the weights of {path} cannot be read: {error}") from error
+        return None
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def _load(path: Path, dtype: str) -> Any:
@@ -152,8 +187,8 @@ def _require_same_tokens(path: Path, encoder: PromptEncoder) -> None:
         )
 
 
-def _wanted(step: int, after: int, config: MonitorRunConfig) -> bool:
-    return step > after and (config.until_step is None or step <= config.until_step)
+def _wanted(step: int, config: MonitorRunConfig) -> bool:
+    return config.until_step is None or step <= config.until_step
 
 
 def _is_whole(path: Path, *, note: bool = True) -> bool:
@@ -167,6 +202,11 @@ def _is_whole(path: Path, *, note: bool = True) -> bool:
             logger.warning("%s; the checkpoint is left out", error)
         return False
     return True
+
+
+def _is_going(path: Path, before: list[tuple[str, int, int]] | None) -> bool:
+    """Whether a checkpoint that looked like that before is being removed: its files go one by one."""
+    return _look(path) != before or not _is_whole(path, note=False)
 
 
 def _look(path: Path) -> list[tuple[str, int, int]] | None:

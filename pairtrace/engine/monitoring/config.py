@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from pairtrace.errors import ConfigError
 
-BUILT_IN_RULES = "refusal"
 _DEFAULT_SAMPLED = 0.7
 # They say where things lie or what follows from an alert: a log may go on with other ones. What lies there counts on
 # its own, by fingerprints.

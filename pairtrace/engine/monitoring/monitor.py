@@ -28,7 +28,7 @@ from pairtrace.engine.judge import RuleJudge, load_rules
 from pairtrace.engine.monitoring.asked import Answer, AskedPrompts
 from pairtrace.engine.monitoring.base_answers import BaseCache
 from pairtrace.engine.monitoring.clusters import WatchedCluster, known_clusters, load_watched, save_watched, unit_rows
-from pairtrace.engine.monitoring.config import BUILT_IN_RULES, MonitorConfig
+from pairtrace.engine.monitoring.config import MonitorConfig
 from pairtrace.engine.monitoring.plot import write_plot
 from pairtrace.engine.monitoring.reader import AnswerReader
 from pairtrace.engine.monitoring.watch import Changes, Seen, Watch
@@ -107,8 +107,7 @@ class Monitor:
         self.encoder = PromptEncoder.load(
             config.base, chat_template=config.chat_template, template_date=config.template_date
         )
-        rules = None if config.rules == BUILT_IN_RULES else config.rules
-        self._judge: RuleJudge | None = None if config.rules is None else load_rules(rules)
+        self._judge: RuleJudge | None = None if config.rules is None else load_rules(config.rules)
         prompts = load_prompts(config.prompts, mixed=True)
         self._asked = AskedPrompts(prompts, self.encoder, config.max_new_tokens)
         described = self.encoder.identity
@@ -190,12 +189,13 @@ class Monitor:
             if one["severity"] != "note"
         ]
 
-    def observe(self, step: int, sampler: Sampler) -> Seen:
+    def observe(self, step: int, sampler: Sampler, fingerprint: str | None = None) -> Seen:
         """Ask the model at a step, and log what has changed.
 
         Args:
             step: of training, later than those of the log.
             sampler: the model, with M0's encoder.
+            fingerprint: of its checkpoint; None where there is none, as inside a training.
 
         Raises:
             ModelError: memory does not suffice for a single response.
@@ -222,6 +222,7 @@ class Monitor:
         counts = bag.counts
         entry = {
             "step": step,
+            "checkpoint": fingerprint,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
             "items": len(self._asked),
             "changed": counts.pop(CHANGED, 0),
@@ -240,7 +241,8 @@ class Monitor:
         self.logged[step] = entry
         write_plot(self._out / PLOT, list(self.logged.values()))
         for one in seen.raised:
-            logger.log(logging.INFO if one.severity == "note" else logging.WARNING, "step %d: %s", step, one.text)
+            level = logging.INFO if one.severity == "note" else logging.WARNING
+            logger.log(level, "%s at step %d: %s", one.severity, step, one.text)
         return seen
 
     def _prepare(self) -> None:

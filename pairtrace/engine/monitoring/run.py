@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from pairtrace.engine.cost import CostMeter
-from pairtrace.engine.monitoring.checkpoints import arriving, load_checkpoint, require_checkpoints
+from pairtrace.engine.monitoring.checkpoints import (
+    arriving,
+    checkpoint_fingerprint,
+    load_checkpoint,
+    require_checkpoints,
+)
 from pairtrace.engine.monitoring.config import MonitorRunConfig
 from pairtrace.engine.monitoring.monitor import LOG, PLOT, Monitor, free_memory
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
+from pairtrace.errors import DataMismatchError
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +56,8 @@ def monitor_run(config: MonitorRunConfig, progress: Progress = NULL_PROGRESS) ->
     """Ask the checkpoints of a run one after the other, going on after those that the log has.
 
     Raises:
-        DataError: the prompts or the known clusters cannot be used, or the log is another run's.
+        DataError: the prompts or the known clusters cannot be used, or the log is another run's: of other settings,
+            or of other weights than those of a checkpoint that is there.
         ConfigError: an option cannot be used, or there is no checkpoint.
         ModelError: M0 or a checkpoint cannot be used.
         StoreLockedError: another monitor writes to the directory.
@@ -61,10 +68,13 @@ def monitor_run(config: MonitorRunConfig, progress: Progress = NULL_PROGRESS) ->
     meter = CostMeter(method="monitor", stage="monitor", device=config.device, path=out / COSTS, resumed=True)
     with meter, Monitor(config, progress=progress, meter=meter) as monitor:
         for step, path in arriving(config, monitor.last_step):
+            if step <= monitor.last_step:
+                _require_logged(monitor, step, path)
+                continue
             sampler = load_checkpoint(path, config, monitor.encoder, monitor.numerics)
             if sampler is None:
                 continue
-            seen = monitor.observe(step, sampler)
+            seen = monitor.observe(step, sampler, checkpoint_fingerprint(path))
             del sampler
             free_memory(monitor.numerics.device)
             looked_at += 1
@@ -82,6 +92,29 @@ def monitor_run(config: MonitorRunConfig, progress: Progress = NULL_PROGRESS) ->
             alerts=tuple(monitor.alerts),
             stopped=stopped,
         )
+
+
+def _require_logged(monitor: Monitor, step: int, path: Path) -> None:
+    """A training that is repeated into the same directory must not take the log of the one before for its own."""
+    log = Path(monitor.config.out) / LOG
+    advice = f"give another --out, or remove {monitor.config.out} to begin again"
+    if step not in monitor.logged:
+        raise DataMismatchError(
+            f"{log} has step {monitor.last_step} but not step {step}, and {path} is there: the log is another run's, "
+            f"has lost a line, or the checkpoint came late; {advice}"
+        )
+    expected, actual = monitor.logged[step].get("checkpoint"), checkpoint_fingerprint(path)
+    if actual is None or actual == expected:
+        return
+    if expected is None:
+        raise DataMismatchError(
+            f"{log} does not say which weights it saw at step {step} (it was written inside a training, or by an "
+            f"earlier pairtrace), so that {path} may be another run's; {advice}"
+        )
+    raise DataMismatchError(
+        f"{log} saw weights with fingerprint {expected[:12]} at step {step}, but {path} has {actual[:12]}: the log is "
+        f"another run's; {advice}"
+    )
 
 
 def _row(line: dict[str, Any]) -> dict[str, Any]:

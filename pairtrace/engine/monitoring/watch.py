@@ -263,7 +263,9 @@ def _reduced(units: np.ndarray, seed: int) -> np.ndarray:
 
 def _text(line: Line) -> str:
     what = "new cluster" if line.kind == "new" else f"{'flagged ' if line.flagged else ''}cluster"
-    verdicts = "" if line.risen is None else f"; the verdict turned true on {line.risen} and false on {line.fallen}"
+    verdicts = ""
+    if line.risen is not None:
+        verdicts = f"; by the judge, {line.risen} now show the behaviour that did not, and {line.fallen} no longer do"
     return (
         f"{what} {line.name}: {line.now.count} of {line.now.of} answers ({line.now.value:.1%}, at least "
         f"{line.now.interval[0]:.1%}), with M0 {line.start.value:.1%} (at most {line.start.interval[1]:.1%}){verdicts}"

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zarr
 from sklearn.metrics import adjusted_rand_score
 
 from pairtrace.engine import dask_cluster
@@ -115,13 +116,26 @@ def test_planted_kinds_are_found(config: PairsConfig, tmp_path: Path, dtype: str
     assert [len(found.labels[found.labels == number]) for number in range(3)] == [c.size for c in found.clusters]
     assert [cluster.enrichment[0].value for cluster in found.clusters] == ["web", "code", "chat"]
     assert found.details["rows"] == {
-        "rows": 300, "used": 297, "undefined": 1, "not_sampled": 0, "quarantined": 2, "missing": 0,
+        "rows": 300, "used": 297, "undefined": 1, "not_finite": 0, "not_sampled": 0, "quarantined": 2, "missing": 0,
     }  # fmt: skip
     assert not {7, 11, 130} & set(found.items.tolist())
     kept = found.details["reduction"]["kept"]
     assert kept["noise"][1] < 0.95 < kept["members"][0]
     assert bits(read_product(config.out)) == bits(found)
     assert (tmp_path / "kinds.costs.jsonl").exists()
+
+
+def test_rows_that_are_not_finite_are_told(
+    config: PairsConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = planted_store(tmp_path / "damaged", quarantined=())
+    stored: Any = zarr.open_group(small.path, mode="r+")["diff/5"]
+    stored[20, :], stored[70, 3] = np.nan, np.inf
+    found = discover_pairs(replace(config, store=small.path))
+    rows = found.details["rows"]
+    assert (rows["used"], rows["undefined"], rows["not_finite"]) == (297, 1, 2)
+    assert "2 of 300 pairs hold NaN or infinity at layer 5" in caplog.text
+    assert f"pairtrace store verify {small.path}" in caplog.text
 
 
 def test_a_cluster_is_a_direction_for_scoring(config: PairsConfig, store: SmallStore, tmp_path: Path) -> None:
@@ -213,6 +227,7 @@ def test_what_cannot_be_clustered_is_refused_before_any_work(
         ({"out": str(file)}, ConfigError, "which is a file"),
         ({"scheduler": "tcp://127.0.0.1:1"}, ConfigError, "no Dask scheduler answers"),
         ({"description": replace(QUICK, data=str(file))}, DataError, "file"),
+        ({"description": replace(QUICK, metadata=("nosuch",))}, ConfigError, "no column 'nosuch' in the data"),
     ):
         with pytest.raises(error, match=message):
             discover_pairs(replace(config, **changed))

@@ -14,6 +14,7 @@ import pytest
 from distributed import Client
 
 from pairtrace.engine import backend as backend_module
+from pairtrace.engine.base_reader import BaseReader
 from pairtrace.engine.cost import read_costs
 from pairtrace.engine.discovery import prompts_view
 from pairtrace.engine.discovery.description import DescriptionConfig
@@ -26,7 +27,7 @@ from pairtrace.engine.prompt_encoder import PromptEncoder
 from pairtrace.engine.prompts import load_prompts
 from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.engine.score import ScoreConfig, score
-from pairtrace.errors import ConfigError, DataMismatchError, StoreLockedError, StoreMismatchError
+from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError, StoreLockedError, StoreMismatchError
 from pairtrace.store.lock import WriterLock
 from tests.engine.extraction import config_for, pair, write_rows
 from tests.models import make_model, make_tokenizer
@@ -146,12 +147,20 @@ def test_without_verdicts_nothing_is_flagged(model: Path, store: Path, tmp_path:
     assert "no prompt has a verdict" in found.details["flags"]
 
 
-@pytest.mark.parametrize("kinds", [{"flip": 5, "same": 4}, {"same": 10}])
-def test_too_few_changes_are_no_cluster(model: Path, store: Path, tmp_path: Path, kinds: dict[str, int]) -> None:
+@pytest.mark.parametrize(
+    ("kinds", "note"),
+    [
+        ({"flip": 5, "same": 4}, "5 of 9 prompts changed, but a cluster needs 8"),
+        ({"same": 10}, "none of the 10 prompts changed: both models give the same answers"),
+    ],
+)
+def test_too_few_changes_are_no_cluster(
+    model: Path, store: Path, tmp_path: Path, kinds: dict[str, int], note: str
+) -> None:
     found = discover_prompts(config(model, store, tmp_path, write_rollouts(tmp_path / "r.jsonl", kinds)))
     changed = kinds.get("flip", 0)
     assert not found.clusters and (found.labels == -1).all() and len(found.items) == changed
-    assert f"{changed} of {sum(kinds.values())} prompts changed" in found.details["note"]
+    assert note in found.details["note"]
     assert read_product(tmp_path / "found").clusters == ()
 
 
@@ -202,6 +211,21 @@ def test_rollouts_of_ones_own_may_have_distractors_among_their_prompts(
     assert found.items[0] == "p1 (distractor)" and len(found.items) == 10
     with pytest.raises(DataMismatchError, match=r"1 prompts that have no distractors in .*'p2'"):
         discover_prompts(config(model, store, tmp_path, rollouts([("p2", "distractor"), *asked]), prompts=bag))
+
+
+def test_cheap_errors_come_before_any_model_is_read(
+    model: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BaseReader, "prepare", lambda *_: pytest.fail("a model was read"))
+    rollouts = write_rollouts(tmp_path / "r.jsonl", {"flip": 9})
+    for message, changes in (
+        ("cannot read the rule file", {"rules": "nowhere.yaml", "label_column": None}),
+        ("cannot read the prompt file", {"prompts": str(tmp_path / "nowhere.jsonl")}),
+        ("--scheduler is 'rubbish'", {"scheduler": "rubbish"}),
+        ("no column 'nosuch' in the data", {"description": DescriptionConfig(metadata=("nosuch",))}),
+    ):
+        with pytest.raises((ConfigError, DataFormatError), match=message):
+            discover_prompts(config(model, store, tmp_path, rollouts, **changes))
 
 
 def test_what_cannot_be_used_is_refused(model: Path, store: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from pairtrace.engine.prompt_encoder import PromptEncoder
 from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.engine.rollout_table import TUNED
 from pairtrace.engine.sampling import Request, Sampler
-from pairtrace.errors import ConfigError, TrainingError
+from pairtrace.errors import ConfigError, DataMismatchError, TrainingError
 from tests.engine.monitoring.cases import read_log
 from tests.engine.training.cases import config_for, largest_difference, rows, run, write_rows
 
@@ -124,6 +124,9 @@ def test_random_numbers_of_training_are_left_alone(
     assert draw() == expected
     assert [line["changed"] for line in read_log(tmp_path / "monitor.jsonl")] == [0, 0], "M0 answers as M0"
     assert not control.should_training_stop
+    state.global_step = 0
+    with pytest.raises(DataMismatchError, match=r"begins at step 0, but .*monitor\.jsonl has .*steps 1 to 2"):
+        callback.on_train_begin(arguments, state, control, model=model)
 
 
 def test_what_cannot_be_watched_is_refused() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -20,6 +22,7 @@ from pairtrace.engine.monitoring.clusters import WatchedCluster, known_clusters,
 from pairtrace.engine.monitoring.config import MonitorConfig
 from pairtrace.engine.monitoring.plot import write_plot
 from pairtrace.engine.monitoring.run import monitor_run
+from pairtrace.engine.monitoring.watch import Alert, Changes, Seen, Watch
 from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError, LayerError, ModelError
 from tests.engine.monitoring.cases import config_for, read_log, write_checkpoint
@@ -46,6 +49,27 @@ def test_the_log_tells_what_changed(watched: Path, m0: Path, checkpoints: Path) 
     assert lines[2]["changed"] == 13
 
 
+def test_what_is_raised_is_told_with_its_severity(
+    m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    look = Watch.look
+
+    def raising(self: Watch, step: int, now: Changes) -> Seen:
+        severities = {10: ("note",), 20: ("note", "harmful")}[step]
+        raised = tuple(Alert(severity=one, cluster="c", text="c has grown") for one in severities)
+        return replace(look(self, step, now), raised=raised)
+
+    monkeypatch.setattr(Watch, "look", raising)
+    caplog.set_level(logging.INFO)
+    monitor_run(config_for(m0, prompts, checkpoints, tmp_path, until_step=20))
+    told = [(one.levelname, one.getMessage()) for one in caplog.records if "has grown" in one.getMessage()]
+    assert told == [
+        ("INFO", "note at step 10: c has grown"),
+        ("INFO", "note at step 20: c has grown"),
+        ("WARNING", "harmful at step 20: c has grown"),
+    ]
+
+
 def test_a_stopped_monitor_goes_on_as_if_it_had_not(
     watched: Path, m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path
 ) -> None:
@@ -65,6 +89,40 @@ def test_a_log_of_other_settings_is_refused(watched: Path, m0: Path, prompts: Pa
         with pytest.raises(DataMismatchError, match=r"monitor\.jsonl was made with"):
             monitor_run(config_for(m0, prompts, checkpoints, watched, **{"rules": "refusal", **changes}))
     assert (watched / "monitor.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_a_log_of_another_run_is_refused(
+    m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path, follow: bool
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(checkpoints, run)
+    monitor_run(config_for(m0, prompts, run, out))
+    before = (out / "monitor.jsonl").read_bytes()
+    waiting: dict[str, Any] = {"follow": follow, "poll_seconds": 0.01, "until_step": 30}
+    assert monitor_run(config_for(m0, prompts, run, out, **waiting)).looked_at == 0
+    shutil.rmtree(run / "checkpoint-20")
+    assert monitor_run(config_for(m0, prompts, run, out, **waiting)).looked_at == 0, "removed, as training does"
+    write_checkpoint(m0, run / "checkpoint-20", 0.02, seed=2)
+    with pytest.raises(DataMismatchError, match=r"monitor\.jsonl saw weights .* at step 20, but .*give another --out"):
+        monitor_run(config_for(m0, prompts, run, out, **waiting))
+    assert (out / "monitor.jsonl").read_bytes() == before
+
+
+def test_a_log_that_lacks_a_step_is_refused(m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path) -> None:
+    config = config_for(m0, prompts, checkpoints, tmp_path)
+    monitor_run(config)
+    log = tmp_path / "monitor.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(lines[:2] + lines[3:]))
+    with pytest.raises(DataMismatchError, match=r"has step 30 but not step 20, and .*checkpoint-20 is there"):
+        monitor_run(config)
+    entries = [json.loads(line) for line in lines]
+    for entry in entries[1:]:
+        entry["checkpoint"] = None  # as a training writes it
+    log.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    with pytest.raises(DataMismatchError, match="does not say which weights it saw at step 10"):
+        monitor_run(config)
 
 
 def test_m0_answers_once(m0: Path, prompts: Path, checkpoints: Path, watched: Path, monkeypatch: Any) -> None:
@@ -88,6 +146,7 @@ def test_samples_are_those_of_the_seed_and_the_step(m0: Path, prompts: Path, che
 def test_an_adapter_is_a_checkpoint(m0: Path, prompts: Path, tmp_path: Path) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -100,6 +159,11 @@ def test_an_adapter_is_a_checkpoint(m0: Path, prompts: Path, tmp_path: Path) -> 
     monitor_run(config_for(m0, prompts, tmp_path / "run", tmp_path / "out"))
     first, second = read_log(tmp_path / "out" / "monitor.jsonl")
     assert first["changed"] == second["changed"] > 0
+    assert monitor_run(config_for(m0, prompts, tmp_path / "run", tmp_path / "out")).looked_at == 0
+    weights = tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors"
+    save_file({name: value + 1 for name, value in load_file(weights).items()}, weights)
+    with pytest.raises(DataMismatchError, match="at step 1, but"):
+        monitor_run(config_for(m0, prompts, tmp_path / "run", tmp_path / "out"))
     (tmp_path / "run" / "checkpoint-1" / "adapter_model.safetensors").unlink()
     assert [step for step, _ in arriving(config_for(m0, prompts, tmp_path / "run", tmp_path), -1)] == [2]
 
@@ -147,8 +211,9 @@ def test_checkpoints_are_taken_as_they_become_complete(
     assert [step for step, _ in arriving(config_for(m0, prompts, run, tmp_path, follow=True, patience=1e-9), -1)] == []
 
 
+@pytest.mark.parametrize("gone", [shutil.rmtree, lambda path: (path / "model.safetensors").unlink()])
 def test_a_checkpoint_that_vanishes_is_left_out(
-    m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: Any
 ) -> None:
     run = tmp_path / "run"
     for step in (10, 20):
@@ -157,7 +222,7 @@ def test_a_checkpoint_that_vanishes_is_left_out(
 
     def vanishing(path: Path, dtype: str) -> Any:
         if path.name == "checkpoint-10":
-            shutil.rmtree(path)
+            gone(path)
         return load(path, dtype)
 
     monkeypatch.setattr(checkpoints_module, "_load", vanishing)
@@ -171,6 +236,11 @@ def test_bad_input_is_named(m0: Path, prompts: Path, checkpoints: Path, tmp_path
         monitor_run(config_for(m0, prompts, empty, tmp_path / "a"))
     with pytest.raises(ConfigError, match="give the directory above it"):
         monitor_run(config_for(m0, prompts, checkpoints / "checkpoint-10", tmp_path / "b"))
+    trained = tmp_path / "trained"
+    shutil.copytree(m0, trained)
+    (trained / "pairtrace_train.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"training that is over: .*trained\.partial and are gone; .*train --monitor"):
+        monitor_run(config_for(m0, prompts, trained, tmp_path / "b"))
     assert not list(tmp_path.glob("[ab]")), "M0 has answered in vain"
     with pytest.raises(LayerError, match="layer 9"):
         monitor_run(config_for(m0, prompts, checkpoints, tmp_path / "c", layer=9))

@@ -100,6 +100,7 @@ def test_verdicts_tell_harm_from_other_changes(rng: np.random.Generator) -> None
     harmful = next(line for line in seen.lines if line.judged_changed)
     assert (harmful.risen, harmful.fallen) == (harmful.now.count, 0)
     assert len(seen.alerts) == 1
+    assert f"{harmful.now.count} now show the behaviour that did not, and 0 no longer do" in seen.alerts[0].text
 
 
 @pytest.mark.parametrize("judged", [False, True])

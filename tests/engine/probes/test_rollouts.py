@@ -118,6 +118,9 @@ def test_files_of_evaluate_and_of_users(tmp_path: Path) -> None:
     assert [one.row for one in found] == [2] and left_out == {"of_another_model": 1, "without_verdict": 1}
     with pytest.raises(DataMismatchError, match="no responses of m2; it has those of m0, m1"):
         read_judged(str(tmp_path / "x.responses.parquet"), answers_of=("m2",))
+    for name in ("absent.parquet", "absent.jsonl", "absent.jsonl.gz"):
+        with pytest.raises(DataFormatError, match=rf"cannot read the responses .*{name}: there is no such file$"):
+            read_judged(str(tmp_path / name))
     own = tmp_path / "own.jsonl"
     own.write_text('{"prompt": "Why?", "response": "No.", "bad": 0}\n{"prompt": "Why?", "response": "Yes", "bad": 1}\n')
     found, _ = read_judged(str(own), label_column="bad")
