@@ -3,8 +3,8 @@
     python benchmarks/bench_probe_training.py             # five organisms; half an hour on two cores
     python benchmarks/bench_probe_training.py --quick     # one miniature: shows that it runs, claims nothing
 
-The organism's M0 has learned to answer about a third of the harmful requests, in words that a rule recognises. Every arm
-trains it against a probe (in TRL's SFT loss, or by preference pairs) or a control. Whether the findings of arXiv
+The organism's M0 has learned to answer about a third of the harmful requests, in words that a rule recognises. Every
+arm trains it against a probe (in TRL's SFT loss, or by preference pairs) or a control. Whether the findings of arXiv
 2510.21531 hold here is reported as found. Everything that is finished is kept below `--work`.
 """
 
