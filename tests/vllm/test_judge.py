@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file, save_file
 
@@ -90,12 +91,14 @@ def test_space_between_the_parts_of_an_answer_is_not_written(fond_of_spaces: Pat
         free = {name: value for name, value in body.items() if name != "response_format"}
         assert judge.answer(free, lambda answer: [answer["choices"][0]["message"]["content"].strip()]) == [""]
         (process,) = engine_processes(judge._engine._models[0])
-        assert b"EngineCore" in Path(f"/proc/{process}/cmdline").read_bytes()
+        engine = psutil.Process(process)
+        assert "EngineCore" in engine.cmdline()[0]
         (watch,) = judge._engine._watches
         assert watch._watch is not None and watch._watch.args[-1] == str(process)
     finally:
         judge.close()
-    assert not Path(f"/proc/{process}").exists() and watch._watch is None
+    assert watch._watch is None
+    assert psutil.wait_procs([engine], timeout=60)[0] == [engine]
 
 
 def test_questions_that_cannot_be_asked(model: Path) -> None:
