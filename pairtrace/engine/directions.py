@@ -122,6 +122,8 @@ def save_directions(
         **({"tensors": sorted(others)} if others else {}),
         **manifest,
     }
+    # As it will be read: JSON has text for keys, which sort otherwise than numbers.
+    complete = json.loads(json.dumps(complete))
     complete["checksum"] = _checksum(complete, {**vectors, **others})
     with replacing(path) as temporary:
         # save_file would make the file readable for its owner alone.

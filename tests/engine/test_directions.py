@@ -184,7 +184,9 @@ def test_a_manifest_that_contradicts_the_tensors_is_refused(tmp_path: Path) -> N
 def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
     """In a direction, in another tensor, in what the manifest says of them; files without a checksum are older."""
     path = tmp_path / "b.safetensors"
-    save_directions(path, [direction()], {"created": "now"}, tensors={"bias": np.ones(3), "none": np.empty(0)})
+    manifest: dict[str, Any] = {"created": "now", "layers": {9: 0.5, 10: float("nan")}, "shape": (1, 2)}
+    save_directions(path, [direction()], manifest, tensors={"bias": np.ones(3), "none": np.empty(0)})
+    assert load_directions(path)
     whole = path.read_bytes()
     size = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + size])
@@ -196,9 +198,9 @@ def test_a_flipped_bit_is_noticed(tmp_path: Path) -> None:
         with pytest.raises(DirectionError, match="is damaged"):
             read_tensors(path)
     path.write_bytes(whole)
-    manifest = {name: value for name, value in read_manifest(path).items() if name != "checksum"}
+    older = {name: value for name, value in read_manifest(path).items() if name != "checksum"}
     tensors = {"b/3": direction().values[0], **read_tensors(path)}
-    save_file(tensors, path, metadata={"pairtrace": json.dumps(manifest)})
+    save_file(tensors, path, metadata={"pairtrace": json.dumps(older)})
     assert load_directions(path)[0].fingerprint == direction().fingerprint
 
 
