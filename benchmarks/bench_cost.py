@@ -18,6 +18,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,8 @@ def make_data(path: Path, model: Path, count: int, *, skip: int, copies: int = 1
     renderer = Renderer(load_tokenizer(model), max_length=MAX_LENGTH)
     with path.open("w", encoding="utf-8") as stream:
         for one in files:
-            pairs = first_pairs(one)
-            fit = [isinstance(result, RenderedPair) for result in renderer.render(pairs)]
-            usable = [pair for pair, fits in zip(pairs, fit, strict=True) if fits]
-            for pair in usable[skip : skip + count // len(files)]:
+            usable = (pair for pair in first_pairs(one) if isinstance(renderer.render([pair])[0], RenderedPair))
+            for pair in islice(usable, skip, skip + count // len(files)):
                 texts = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
                 stream.write((json.dumps(texts) + "\n") * copies)
 
