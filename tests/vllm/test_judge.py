@@ -18,7 +18,6 @@ from pairtrace.engine.baselines.judge_request import Rubric
 from pairtrace.engine.checkpoint import load_tokenizer
 from pairtrace.engine.cost import costs_path, read_costs
 from pairtrace.engine.scores_table import ScoresTable
-from pairtrace.engine.vllm.connector import engine_processes
 from pairtrace.engine.vllm.judge import VLLMJudge
 from pairtrace.engine.vllm.options import VLLMOptions
 from pairtrace.errors import ConfigError
@@ -83,6 +82,8 @@ def fond_of_spaces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_space_between_the_parts_of_an_answer_is_not_written(fond_of_spaces: Path) -> None:
+    from pairtrace.engine.vllm.connector import engine_processes
+
     judge = VLLMJudge(str(fond_of_spaces), OPTIONS)
     try:
         body = Rubric("praises", "m").body("Hello", "Good day")
