@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -51,19 +51,23 @@ def _show(
 def discovery_answer(discovered: Discovered, json: bool) -> Answer:
     """All clusters: a line each as text, everything as JSON."""
     figures = discovered.to_dict()
-    head = {name: figures[name] for name in ("view", "layer", "items", "clustered", "noise")}
-    counts = discovered.details.get("prompts")
-    if counts is not None:
-        states = ", ".join(f"{count:,} {state}" for state, count in counts.items())
-        head = {"view": head.pop("view"), "asked": f"{sum(counts.values()):,} ({states})", **head}
-    rows = discovered.details.get("rows")
-    if rows is not None:
-        fates = ", ".join(f"{rows[name]:,} {words}" for name, words in _ROWS.items() if rows.get(name))
-        head = {"view": head.pop("view"), "pairs": f"{rows['rows']:,} ({fates})", **head}
+    counts = {name: figures[name] for name in ("layer", "items", "clustered", "noise")}
+    head = {"view": figures["view"], **_given(discovered.details), **counts}
     lines = [_row(cluster, len(discovered.labels)) for cluster in discovered.clusters]
     known = {key for line in lines for key, value in line.items() if value is not None}
     shown = [{key: value for key, value in line.items() if key in known} for line in lines]
     return Answer(figures, json, text=summary_text({**head, "clusters": shown}))
+
+
+def _given(details: dict[str, Any]) -> dict[str, str]:
+    """How many prompts or pairs there were, and what became of them; {} where that is not known."""
+    if counts := details.get("prompts"):
+        states = ", ".join(f"{count:,} {state}" for state, count in counts.items())
+        return {"asked": f"{sum(counts.values()):,} ({states})"}
+    if rows := details.get("rows"):
+        fates = ", ".join(f"{rows[name]:,} {words}" for name, words in _ROWS.items() if rows.get(name))
+        return {"pairs": f"{rows['rows']:,} ({fates})"}
+    return {}
 
 
 def _row(cluster: DescribedCluster, items: int) -> dict[str, object]:
