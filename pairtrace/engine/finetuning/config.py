@@ -85,7 +85,7 @@ class FinetuneConfig(TrainConfig):
         self._check("samples", lambda value: value >= 2, "at least 2: a pair needs two responses")
         self._check("probe_weight", lambda value: value >= 0, "0 or more")
         self._check("threshold", lambda value: 0 < value <= 1, "a probability above 0")
-        self._check("imitate_below", lambda value: value is None or 0 < value <= 1, "a probability above 0")
+        self._check("imitate_below", lambda value: 0 < value <= 1, "a probability above 0")
         self._check("min_gap", lambda value: 0 <= value < 1, "a number from 0 to below 1")
         self._require_signal()
         foreign = sorted(_OF_DPO if self.method == "sft" else _OF_SFT)
@@ -100,12 +100,13 @@ class FinetuneConfig(TrainConfig):
             raise ConfigError("no probe was given; name a probe file with --probe, or a control with --signal")
         if self.probe is None and self.probe_layers is not None:
             raise ConfigError("--probe-layers chooses among the probes of a file; give --probe")
-        for name, signal in (("classifier", "classifier"), ("classifier_label", "classifier"), ("rules", "judge")):
+        for name, signal in (
+            *(("classifier", "classifier"), ("classifier_label", "classifier")),
+            *(("rules", "judge"), ("imitate_below", "probe")),
+        ):
             if getattr(self, name) is not None and self.signal != signal:
                 option = "--" + name.replace("_", "-")
                 raise ConfigError(f"{option} belongs to --signal {signal}, but the signal is {self.signal}")
-        if self.imitate_below is not None and self.signal != "probe":
-            raise ConfigError(f"--imitate-below belongs to --signal probe, but the signal is {self.signal}")
         if self.signal == "classifier" and self.classifier is None:
             raise ConfigError("no classifier was given; name its directory with --classifier")
 
