@@ -56,10 +56,12 @@ class VLLMJudge:
         self._context = min(encoder.context or _LONGEST_CONTEXT, _LONGEST_CONTEXT)
         # A question that is too long concerns itself alone: it is refused here, not by the encoder.
         self._encoder = replace(encoder, context=None)
-        question = {"role": "user", "content": "?"}
-        self._system_turn = self._accepts([{"role": "system", "content": "!"}, question])
-        if not self._system_turn:
+        question, self._system_turn = {"role": "user", "content": "?"}, True
+        try:
+            self._encoded([{"role": "system", "content": "!"}, question])
+        except ConfigError:
             self._encoded([question])
+            self._system_turn = False
         path = resolve_checkpoint(model)
         self._engine = Engine(
             Path(path),
@@ -118,14 +120,6 @@ class VLLMJudge:
         self._questions.put(None)
         self._thread.join()
         self._engine.close()
-
-    def _accepts(self, messages: list[dict[str, Any]]) -> bool:
-        """Whether the chat template does."""
-        try:
-            self._encoder.encode("the question", messages)
-        except DataError:
-            return False
-        return True
 
     def _encoded(self, messages: list[dict[str, Any]]) -> list[int]:
         try:
