@@ -42,6 +42,7 @@ from harness import Claim, at_least, at_most, parser, record, say, workspace
 
 SIZES = (20_000, 100_000, 1_000_000)
 QUICK_SIZES = (3_000,)
+WARM_UP_ROWS = 2_000
 PACKAGES = ("hdbscan", "fast-hdbscan", "scikit-learn", "evoc")
 # Rows for each row of the smallest cluster that may be found.
 ROWS_PER_MINIMUM = 400
@@ -150,6 +151,14 @@ def measure(
     return results
 
 
+def warm_up(directory: Path | None, methods: list[str]) -> None:
+    """Let what is compiled at the first call be compiled."""
+    with workspace(directory, need=WARM_UP_ROWS * WIDTH * 8) as folder:
+        write_rows(folder, WARM_UP_ROWS, seed=1)
+        for method in methods:
+            run_method(method, folder, 10, limit=300)
+
+
 def claims(results: dict[str, dict[str, dict[str, Any]]]) -> list[Claim]:
     ours = {int(rows): methods["pairtrace"] for rows, methods in results.items()}
     small, middle, large = SIZES
@@ -184,6 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         say(f"{name} is not installed and left out")
     methods = ["pairtrace", *(name for name in options.only or COMPETITORS if name not in absent)]
     results: dict[str, dict[str, dict[str, Any]]] = {}
+    warm_up(options.dir, methods)
     for rows in sorted(sizes):
         say(f"{rows:,} rows")
         with workspace(options.dir, need=rows * (WIDTH * 2 + REDUCED * 4 + 40)) as folder:
