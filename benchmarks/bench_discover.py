@@ -8,7 +8,8 @@ The rows are a planted mixture: 40 random directions of width 256, each with mem
 reduction to 50 components on a local Dask cluster, neighbour graph, hierarchy, clusters. The others are given the
 reduced rows and only cluster: "hdbscan-exact", the reference, is an exact algorithm of the package, "hdbscan" its
 default. Every run is a process of its own with a time limit; its memory is the largest sum over its processes (each
-page shared among them counted once). A method that did not finish is not started on more rows.
+page shared among them counted once). Each clusters a few rows before its clock starts, because numba compiles at the
+first call. A method that did not finish is not started on more rows.
 """
 
 from __future__ import annotations
@@ -42,7 +43,6 @@ from harness import Claim, at_least, at_most, parser, record, say, workspace
 
 SIZES = (20_000, 100_000, 1_000_000)
 QUICK_SIZES = (3_000,)
-WARM_UP_ROWS = 2_000
 PACKAGES = ("hdbscan", "fast-hdbscan", "scikit-learn", "evoc")
 # Rows for each row of the smallest cluster that may be found.
 ROWS_PER_MINIMUM = 400
@@ -151,14 +151,6 @@ def measure(
     return results
 
 
-def warm_up(directory: Path | None, methods: list[str]) -> None:
-    """Let what is compiled at the first call be compiled."""
-    with workspace(directory, need=WARM_UP_ROWS * WIDTH * 8) as folder:
-        write_rows(folder, WARM_UP_ROWS, seed=1)
-        for method in methods:
-            run_method(method, folder, 10, limit=300)
-
-
 def claims(results: dict[str, dict[str, dict[str, Any]]]) -> list[Claim]:
     ours = {int(rows): methods["pairtrace"] for rows, methods in results.items()}
     small, middle, large = SIZES
@@ -182,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     add.add_argument("--dir", type=Path, default=None, help="where the temporary files go [default: the system's]")
     add.add_argument("--rows", type=int, nargs="+", default=None, help="[default: 20000 100000 1000000]")
     add.add_argument("--limit", type=float, default=900.0, help="seconds after which a run of pairtrace is stopped")
-    add.add_argument("--rival-limit", type=float, default=180.0, help="seconds after which any other run is stopped")
+    add.add_argument("--rival-limit", type=float, default=240.0, help="seconds after which any other run is stopped")
     add.add_argument("--repeats", type=int, default=1, help="runs of pairtrace at each size; their median counts")
     add.add_argument("--only", nargs="+", default=None, choices=list(COMPETITORS), help="competitors [default: all]")
     options = add.parse_args(arguments)
@@ -193,7 +185,6 @@ def main(arguments: list[str] | None = None) -> None:
         say(f"{name} is not installed and left out")
     methods = ["pairtrace", *(name for name in options.only or COMPETITORS if name not in absent)]
     results: dict[str, dict[str, dict[str, Any]]] = {}
-    warm_up(options.dir, methods)
     for rows in sorted(sizes):
         say(f"{rows:,} rows")
         with workspace(options.dir, need=rows * (WIDTH * 2 + REDUCED * 4 + 40)) as folder:
