@@ -24,8 +24,10 @@ PROBES = 64
 LIST_ROWS = 512
 # Longer lists are cut: crowded places must not make the products quadratic.
 _LONGEST_LIST = 4 * LIST_ROWS
-# Queries answered together, and candidates of a product without lists.
+# Queries and candidates of a product. Where there are many lists, few of so many queries ask any one of them, and small
+# products are slow: so many queries are answered together that `_ASKED` ask a list on average.
 _QUERIES = 1024
+_ASKED = 256
 _CANDIDATES = 4096
 _SAMPLE_PER_LIST = 64
 _ROUNDS = 8
@@ -97,26 +99,31 @@ def nearest_neighbors(
     probes = min(probes, len(lists.centers))
     ids, distances = np.empty((N, k), np.int32), np.empty((N, k), np.float32)
     list_of = np.repeat(np.arange(len(lists.centers)), np.diff(lists.starts))
+    together = _QUERIES * max(1, _ASKED * len(lists.centers) // (probes * _QUERIES))
 
     def answer(starts: Iterator[int]) -> None:
         buffer = np.empty(_QUERIES * max(int(np.diff(lists.starts).max()), len(lists.centers)), np.float32)
         for start in starts:
-            own = np.arange(start, min(start + _QUERIES, N))
+            own = np.arange(start, min(start + together, N))
             queries = lists.rows[own]
-            nearest = _nearest_lists(queries, lists.centers, probes, list_of[own], buffer)
+            nearest = np.empty((len(own), probes), np.int32)
+            for begin in range(0, len(own), _QUERIES):
+                part = slice(begin, begin + _QUERIES)
+                nearest[part] = _nearest_lists(queries[part], lists.centers, probes, list_of[own[part]], buffer)
             keys, rows = np.empty((len(own), k), np.float32), np.empty((len(own), k), np.int32)
             held = np.zeros(len(own), np.int64)
             asked = np.argsort(nearest, axis=None, kind="stable")
             bounds = np.searchsorted(nearest.ravel()[asked], np.arange(len(lists.centers) + 1))
             for number in np.flatnonzero(np.diff(bounds)):
-                places = asked[bounds[number] : bounds[number + 1]] // probes
                 first, last = lists.starts[number], lists.starts[number + 1]
-                scores = _product(queries[places], lists.rows[first:last], buffer)
-                neighbors_numba.offer(scores, places, first, own, keys, rows, held)
+                for begin in range(bounds[number], bounds[number + 1], _QUERIES):
+                    places = asked[begin : min(begin + _QUERIES, bounds[number + 1])] // probes
+                    scores = _product(queries[places], lists.rows[first:last], buffer)
+                    neighbors_numba.offer(scores, places, first, own, keys, rows, held)
             neighbors_numba.finish(lists.rows, queries, rows, held, lists.names, lists.names[own], ids, distances)
             advance(len(own))
 
-    share(answer, range(0, N, _QUERIES))
+    share(answer, range(0, N, together))
     return Neighbors(ids=ids, distances=distances, lists=len(lists.centers), probes=probes)
 
 
