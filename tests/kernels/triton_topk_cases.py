@@ -18,6 +18,8 @@ from pairtrace.kernels.cosine_triton import DeviceDirections
 from pairtrace.kernels.topk_triton import DeviceTopK
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Of a cosine in float32.
+LAST_BIT = 2.0**-23
 
 
 def full_sort(scores: np.ndarray, k: int, largest: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -43,8 +45,16 @@ def _assert_ranked(found: tuple[np.ndarray, np.ndarray], scores: np.ndarray, k: 
     best, numbers = full_sort(scores, k, largest)
     assert found[0].dtype == np.float32
     assert found[1].dtype == np.int64
-    np.testing.assert_array_equal(found[1], numbers)
-    np.testing.assert_array_equal(found[0], best)
+    if DEVICE == "cuda":
+        np.testing.assert_array_equal(found[1], numbers)
+        np.testing.assert_array_equal(found[0], best)
+        return
+    # The interpreter multiplies with numpy, whose last bit depends on where in memory the operands lie. So equal rows
+    # may trade places, and no others.
+    assert found[0].shape == best.shape
+    np.testing.assert_allclose(found[0], best, rtol=0, atol=LAST_BIT)
+    np.testing.assert_allclose(np.take_along_axis(scores.T, found[1], axis=1), best, rtol=0, atol=LAST_BIT)
+    assert all(len(set(rows)) == len(rows) for rows in found[1].tolist())
 
 
 @given(
