@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     add.add_argument("--dir", type=Path, default=None, help="where the temporary files go [default: the system's]")
     add.add_argument("--rows", type=int, nargs="+", default=None, help="[default: 20000 100000 1000000]")
     add.add_argument("--limit", type=float, default=900.0, help="seconds after which a run of pairtrace is stopped")
-    add.add_argument("--rival-limit", type=float, default=240.0, help="seconds after which any other run is stopped")
+    add.add_argument("--rival-limit", type=float, default=130.0, help="seconds after which any other run is stopped")
     add.add_argument("--repeats", type=int, default=1, help="runs of pairtrace at each size; their median counts")
     add.add_argument("--only", nargs="+", default=None, choices=list(COMPETITORS), help="competitors [default: all]")
     options = add.parse_args(arguments)

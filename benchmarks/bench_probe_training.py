@@ -51,7 +51,8 @@ class Plan:
         cells: of the evaluation prompts.
         layers: that probes are trained at; the best one by cross-validation is used.
         test_share: of the prompts, that areas are measured on.
-        steered_layer, scales, positions, controls: of the steering check.
+        steering: for each vector that is steered along its layer, scale, positions and controls, and how it is
+            projected out.
     """
 
     seeds: tuple[int, ...]
@@ -64,10 +65,7 @@ class Plan:
     cells: tuple[str, ...]
     layers: tuple[int, ...]
     test_share: float
-    steered_layer: int
-    scales: tuple[float, ...]
-    positions: str
-    controls: int
+    steering: dict[str, dict[str, Any]]
 
 
 # DPO by itself teaches refusing benign requests, which the likelihood of chosen responses holds against.
@@ -91,6 +89,22 @@ def arms_of(sft: dict[str, Any], dpo: dict[str, Any]) -> tuple[Arm, ...]:
     )
 
 
+STEERING: dict[str, dict[str, Any]] = {
+    "behavior": {
+        "layer": 3,
+        "scale": 0.25,
+        "positions": "all",
+        "controls": 1,
+        "ablation": {"ablate_layers": "all"},
+    },
+    "shift": {
+        "layer": 2,
+        "scale": 0.5,
+        "positions": "prompt_end",
+        "controls": 2,
+        "ablation": {"ablate_to": "base"},
+    },
+}
 FULL = Plan(
     seeds=(0, 1, 2, 3, 4),
     recipe={"sft_examples": 12_000, "sft_epochs": 2, "leak": 0.5, "plain_leak": 0.5, "preference_pairs": 800},
@@ -105,10 +119,7 @@ FULL = Plan(
     cells=("harmful", "benign_format"),
     layers=(2, 3),
     test_share=0.3,
-    steered_layer=3,
-    scales=(0.25, 0.5),
-    positions="all",
-    controls=3,
+    steering=STEERING,
 )
 QUICK = Plan(
     seeds=(0,),
@@ -137,10 +148,7 @@ QUICK = Plan(
     cells=("harmful", "benign_format"),
     layers=(3,),
     test_share=0.4,
-    steered_layer=3,
-    scales=(0.5,),
-    positions="all",
-    controls=2,
+    steering=STEERING,
 )
 
 
@@ -148,7 +156,7 @@ def tasks_of(plan: Plan) -> list[Task]:
     """All tasks, in the order in which they are wanted."""
     names = ("training_prompts", "samples", "given_responses", "benign_texts", "cells", "layers", "test_share")
     settings = {name: value for name, value in asdict(plan).items() if name in names}
-    steered = {name: getattr(plan, name) for name in ("samples", "steered_layer", "scales", "positions", "controls")}
+    steered = {"samples": plan.samples, "vectors": plan.steering}
     arms = [asdict(arm) for arm in plan.arms]
     tasks = []
     for seed in plan.seeds:
@@ -169,7 +177,7 @@ def tasks_of(plan: Plan) -> list[Task]:
             task("detectors", "detectors", ("organism",), plan=settings),
             *(task(f"arms/{arm['name']}", "train_arm", ("detectors",), arm=arm) for arm in arms),
             task("detectability", "measure", ("detectors", *trained), arms=arms),
-            task("steering", "steering", ("organism", "detectors"), plan=steered),
+            task("steering", "steering", ("organism", "detectors"), **steered),
         ]
     return tasks
 

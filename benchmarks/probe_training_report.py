@@ -32,8 +32,10 @@ def report(seeds: Sequence[int], arms: Sequence[str], done: dict[str, Figures], 
             for run in map(_model, one["runs"]):
                 runs[run.name].append((start, run))
         before.append(_model(reports["single"]["before"]))
+    steered = [done[f"seed{seed}/steering"]["result"] for seed in seeds]
     steering = {
-        name: _steered([done[f"seed{seed}/steering"]["result"][name] for seed in seeds]) for name in ("m0", "m1")
+        vector: {model: _steered([one[vector][model] for one in steered]) for model in models}
+        for vector, models in steered[0].items()
     }
     return {
         "before": {
@@ -131,18 +133,13 @@ def claims_of(results: Figures) -> list[Claim]:
 def _steering_claims(steering: Figures) -> list[Claim]:
     """The interval of the difference lies on the right side of 0; that of a random vector holds 0."""
     claims = []
-    for model, sign, what in (("m0", 1, "added to M0"), ("m1", -1, "projected out of all layers of M1")):
-        changed = [
-            arm for arm in steering[model] if arm["difference"] is not None and arm["difference"]["low"] is not None
-        ]
-        own = [arm for arm in changed if not arm["control"]]
-        if own:
-            best = max(min(sign * arm["difference"]["low"], sign * arm["difference"]["high"]) for arm in own)
-            claims.append(at_least(f"the behaviour's vector {what}: near end of the change's interval", best, 0.0))
-        for arm in (arm for arm in changed if arm["control"]):
-            far = min(sign * arm["difference"]["low"], sign * arm["difference"]["high"])
-            scale = "" if arm["scale"] is None else f" at {arm['scale']}"
-            claims.append(at_most(f"random vectors {what}{scale}: near end of the change's interval", far, 0.0))
+    for model, sign, what in (("m0", 1, "added to M0"), ("m1", -1, "projected out of M1")):
+        for arm in steering["shift"][model]:
+            if arm["difference"] is None or arm["difference"]["low"] is None:
+                continue
+            near = min(sign * arm["difference"]["low"], sign * arm["difference"]["high"])
+            vector, target = ("random vectors", at_most) if arm["control"] else ("the shift", at_least)
+            claims.append(target(f"{vector} {what}: near end of the change's interval", near, 0.0))
     return claims
 
 

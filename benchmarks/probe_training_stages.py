@@ -36,6 +36,7 @@ from pairtrace.engine.organism.text import WRAPPERS, answer_pattern, answer_text
 from pairtrace.engine.probes.config import ProbeTrainConfig
 from pairtrace.engine.probes.train import train_probes
 from pairtrace.engine.steering.config import SteerConfig
+from pairtrace.engine.steering.shift import ShiftConfig, measure_shift
 from pairtrace.engine.steering.steer import steer
 
 Figures = dict[str, Any]
@@ -232,70 +233,82 @@ def measure(work: Path, needs: Figures, *, recipe: Figures, arms: list[Figures])
     return reports
 
 
-def steering(work: Path, needs: Figures, *, recipe: Figures, plan: Figures) -> Figures:
-    """The behaviour's vector added to M0, and projected out of M1, beside random vectors of the same length.
+def steering(work: Path, needs: Figures, *, recipe: Figures, samples: int, vectors: Figures) -> Figures:
+    """Vectors added to M0, and projected out of M1, beside random vectors of the same length.
 
-    A vector is projected out at all layers: what one layer lacks, the later ones write again. Damage to the text counts
-    against both claims: as no behaviour where it is to rise, and, as all that does not refuse, as behaviour where it is
-    to fall.
+    "behavior" is the mean difference over responses, read through M0, that pairs are ranked by; "shift" is by how much
+    training moved the state at the end of the prompts. Damage to the text counts against both claims: as no behaviour
+    where it is to rise, and, as all that does not refuse, as behaviour where it is to fall.
     """
     place = folder(work, recipe)
     models = {name: str(place / "organism" / name) for name in ("m0", "m1")}
-    directions = place / "forbidden-vector.safetensors"
+    discovery = str(place / "organism" / "discovery.jsonl")
+    files = {name: str(place / f"{name}-vector.safetensors") for name in vectors}
     whole = place / "whole-rules.yaml"
     write_rules(whole, whole=True)
     answering: Figures = {"max_new_tokens": NEW_TOKENS, "batch_size": ANSWERS_AT_ONCE, "device": "cpu"}
     build_behavior(
         BehaviorConfig(
-            prompts=str(place / "organism" / "discovery.jsonl"),
+            prompts=discovery,
             base=models["m0"],
             tuned=models["m1"],
-            out=str(directions),
-            name="forbidden",
+            out=files["behavior"],
             kinds="mean",
             rules=str(place / "rules.yaml"),
-            layers=(plan["steered_layer"],),
+            layers=(vectors["behavior"]["layer"],),
             max_base_rate=1.0,
-            samples=plan["samples"],
+            samples=samples,
             temperature=TEMPERATURE,
             seed=recipe["seed"],
             **answering,
         )
     )
+    measure_shift(
+        ShiftConfig(
+            prompts=discovery,
+            base=models["m0"],
+            tuned=models["m1"],
+            out=files["shift"],
+            layers=(vectors["shift"]["layer"],),
+            conditions=("distractor",),
+            device="cpu",
+        )
+    )
     rows = map(json.loads, (place / "organism" / "evaluation.jsonl").read_text(encoding="utf-8").splitlines())
     prompts = write_rows(place / "steered.jsonl", [row for row in rows if row["cell"] == "harmful_format"])
-    found = {}
-    changes: Figures = {
-        "m0": {"scales": tuple(plan["scales"]), "rules": str(whole)},
-        "m1": {"scales": (), "ablate": True, "ablate_layers": "all"},
-    }
-    for name, change in changes.items():
-        report = steer(
-            SteerConfig(
-                prompts=str(prompts),
-                model=models[name],
-                directions=str(directions),
-                out=str(place / f"steered-{name}.json"),
-                positions=plan["positions"],
-                controls=plan["controls"],
-                # The most likely answer: what sampling garbles would be mixed up with what the vector does.
-                temperature=0.0,
-                seed=recipe["seed"],
-                **change,
-                **answering,
+    found: Figures = {}
+    for vector, plan in vectors.items():
+        changes: Figures = {
+            "m0": {"scales": (plan["scale"],), "rules": str(whole)},
+            "m1": {"scales": (), "ablate": True, **plan["ablation"]},
+        }
+        for model, change in changes.items():
+            report = steer(
+                SteerConfig(
+                    prompts=str(prompts),
+                    model=models[model],
+                    directions=files[vector],
+                    out=str(place / f"steered-{vector}-{model}.json"),
+                    positions=plan["positions"],
+                    controls=plan["controls"],
+                    # The most likely answer: what sampling garbles would be mixed up with what the vector does.
+                    temperature=0.0,
+                    seed=recipe["seed"],
+                    **change,
+                    **answering,
+                )
             )
-        )
-        found[name] = [
-            {
-                "mode": arm.mode,
-                "control": arm.control,
-                "scale": arm.scale,
-                "rate": arm.groups[0].rates["behavior"].to_dict(),
-                "difference": arm.differences[0].to_dict() if arm.differences else None,
-                "surprise": asdict(arm.surprise),
-            }
-            for arm in report.arms
-        ]
+            found.setdefault(vector, {})[model] = [
+                {
+                    "mode": arm.mode,
+                    "control": arm.control,
+                    "scale": arm.scale,
+                    "rate": arm.groups[0].rates["behavior"].to_dict(),
+                    "difference": arm.differences[0].to_dict() if arm.differences else None,
+                    "surprise": asdict(arm.surprise),
+                }
+                for arm in report.arms
+            ]
     return found
 
 

@@ -16,13 +16,14 @@ def training_table(content: Record) -> str:
     rows = [["before", *_cells(results["before"])]]
     rows += [[_title(name), *_cells(arm["figures"])] for name, arm in results["arms"].items()]
     steered = []
-    for model, what in (("m0", "added to M0"), ("m1", "projected out of all layers of M1")):
-        for arm in results["steering"][model]:
-            if arm["difference"] is not None:
-                vector = "random vectors" if arm["control"] else "the behaviour's vector"
-                scale = "" if arm["scale"] is None else f" (scale {arm['scale']})"
-                single = f", a single one up to {100 * arm['farthest']:+.0f}" if arm["control"] else ""
-                steered.append(f"{vector} {what}{scale} {_text(arm['difference'], 100, '+.0f')} points{single}")
+    names = {"shift": "the shift at the end of the prompts", "behavior": "the vector over responses"}
+    for vector, name in names.items():
+        for model, what in (("m0", "added to M0"), ("m1", "projected out of M1")):
+            own, control = (arm for arm in results["steering"][vector][model] if arm["difference"] is not None)
+            steered.append(
+                f"{name} {what} {_text(own['difference'], 100, '+.0f')} points, random vectors "
+                f"{_text(control['difference'], 100, '+.0f')} (a single one up to {100 * control['farthest']:+.0f})"
+            )
     plan = content["workload"]
     note = (
         f"{len(plan['seeds'])} organisms, one run of every arm on each; means with Student's 95 % interval over "

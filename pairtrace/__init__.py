@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from pairtrace.engine.score import ScoreConfig, score
     from pairtrace.engine.selection import SelectionRule
     from pairtrace.engine.steering.config import SteerConfig
+    from pairtrace.engine.steering.shift import ShiftConfig, measure_shift
     from pairtrace.engine.steering.steer import steer
     from pairtrace.engine.training.config import TrainConfig
     from pairtrace.engine.training.train import train
@@ -90,6 +91,7 @@ __all__ = [
     "RandomConfig",
     "ScoreConfig",
     "SelectionRule",
+    "ShiftConfig",
     "SteerConfig",
     "TrainConfig",
     "TruncateConfig",
@@ -109,6 +111,7 @@ __all__ = [
     "finetune",
     "gradient_baseline",
     "load_probes",
+    "measure_shift",
     "monitor_run",
     "open_pairs",
     "plan",
@@ -158,6 +161,7 @@ _HOMES = {
     "RandomConfig": "pairtrace.engine.baselines.simple",
     "ScoreConfig": "pairtrace.engine.score",
     "SelectionRule": "pairtrace.engine.selection",
+    "ShiftConfig": "pairtrace.engine.steering.shift",
     "SteerConfig": "pairtrace.engine.steering.config",
     "TrainConfig": "pairtrace.engine.training.config",
     "TruncateConfig": "pairtrace.engine.truncation",
@@ -176,6 +180,7 @@ _HOMES = {
     "finetune": "pairtrace.engine.finetuning.finetune",
     "gradient_baseline": "pairtrace.engine.baselines.gradient",
     "load_probes": "pairtrace.engine.probes.probe_file",
+    "measure_shift": "pairtrace.engine.steering.shift",
     "monitor_run": "pairtrace.engine.monitoring.run",
     "open_pairs": "pairtrace.engine.pairs",
     "plan": "pairtrace.engine.plan",

@@ -1,4 +1,4 @@
-"""The command that steers a model along a direction."""
+"""The commands that make a vector to steer along, and steer a model along a direction."""
 
 from __future__ import annotations
 
@@ -11,6 +11,43 @@ from pairtrace.options import Device, Json, Template, TemplateDate, numbers, set
 from pairtrace.terminal import Answer, progress, table_lines
 
 app = typer.Typer()
+
+
+@app.command(
+    "shift",
+    epilog="Example: pairtrace shift prompts.jsonl --base ./sft --tuned ./dpo --out shift.safetensors",
+)
+def _shift(
+    prompts: Annotated[
+        str, typer.Argument(help="Prompts on which training changed the model, yaml or jsonl, as for `evaluate`.")
+    ],
+    base: Annotated[str, typer.Option(help="M0, the checkpoint from before training.")],
+    tuned: Annotated[str, typer.Option(help="M1, the checkpoint after it.")],
+    out: Annotated[str, typer.Option(help="Direction file to write (.safetensors), for `steer`.")],
+    name: Annotated[str | None, typer.Option(help="Name of the vector [default: from --out].")] = None,
+    layers: Annotated[str | None, typer.Option(help="Residual layers, comma-separated [default: all from 1].")] = None,
+    conditions: Annotated[
+        str | None, typer.Option(help="plain, distractor or both, comma-separated [default: as the prompts say].")
+    ] = None,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option("--compute-dtype", help="Dtype of the forward passes.")] = "auto",
+    token_budget: Annotated[int, typer.Option(help="Tokens per forward pass.")] = 4096,
+    chat_template: Template = None,
+    template_date: TemplateDate = None,
+    json: Json = False,
+) -> Answer:
+    """Measure how training moved the residual stream at the end of the prompts: a vector to steer along."""
+    options = settings(
+        locals(),
+        layers=None if layers is None else numbers(layers),
+        conditions=None if conditions is None else tuple(conditions.split(",")),
+    )
+    from pairtrace.engine.steering.shift import ShiftConfig, measure_shift
+
+    found = measure_shift(ShiftConfig(**options), progress())
+    head = f"{found.name}: {found.requests} requests, width {found.width}, in {found.out}"
+    foot = "share: of the mean length of a state of M0; agreement: cosine of the vectors of two halves of the prompts"
+    return Answer(found.to_dict(), json, text="\n".join([head, *table_lines(found.to_rows()), foot]))
 
 
 @app.command(
@@ -41,8 +78,18 @@ def _steer(
             "again)."
         ),
     ] = "own",
+    ablate_to: Annotated[
+        str,
+        typer.Option(
+            help="What --ablate leaves of the direction: zero, or base (as much as the base model has at the end of "
+            "the prompts; with a file of `shift`)."
+        ),
+    ] = "zero",
     positions: Annotated[
-        str, typer.Option(help="Where: all tokens, or generated (from the last token of the prompt on).")
+        str,
+        typer.Option(
+            help="Where: all tokens, generated (from the last token of the prompt on) or prompt_end (that token alone)."
+        ),
     ] = "all",
     controls: Annotated[int, typer.Option(help="Random directions of the same length, to compare with.")] = 1,
     norm_responses: Annotated[int, typer.Option(help="Unsteered responses that the mean norm is taken from.")] = 128,

@@ -26,9 +26,13 @@ from pairtrace.errors import DirectionError, LayerError
 logger = logging.getLogger(__name__)
 
 Kind = Literal["vector", "bank"]
+ReadAt = Literal["responses", "prompt_end"]
+RESPONSES: ReadAt = "responses"
+PROMPT_END: ReadAt = "prompt_end"
 SCHEMA_VERSION = 1
 METADATA_KEY = "pairtrace"
 _FINGERPRINTS = ("model_fingerprint", "tokenizer_fingerprint", "template_fingerprint")
+_COMMON = (*_FINGERPRINTS, "read_at")
 # What numpy can hold, and bfloat16, which is widened; anything narrower is no direction.
 _TENSOR_TYPES = frozenset(("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"))
 DIRECTION_SUFFIXES = (".safetensors", ".npy")
@@ -48,6 +52,8 @@ class Direction:
         model_fingerprint: of the checkpoint whose activations it was made from; None when unknown.
         tokenizer_fingerprint: of the tokenizer it was made with; None when unknown.
         template_fingerprint: of the chat template it was made with; None when unknown.
+        read_at: the tokens whose states it was made of: "responses", as a store's rows are, or "prompt_end", the last
+            token of the prompts.
     """
 
     name: str
@@ -58,6 +64,7 @@ class Direction:
     model_fingerprint: str | None = None
     tokenizer_fingerprint: str | None = None
     template_fingerprint: str | None = None
+    read_at: ReadAt = RESPONSES
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -95,7 +102,7 @@ def save_directions(
     Args:
         path: of the safetensors file.
         directions: at least one; names and layers together are unique, layers are known, and all come from one
-            model, tokenizer and chat template.
+            model, tokenizer and chat template, and from the same tokens.
         manifest: further entries for the manifest: how the directions were made.
         tensors: what else to keep, by name; `read_tensors` gives it back.
 
@@ -112,11 +119,11 @@ def save_directions(
         assert direction.layer is not None and key not in vectors and key not in others, key
         # A fresh array: a view of a larger one would be saved with its parent's layout.
         vectors[key] = (direction.values if direction.kind == "bank" else direction.values[0]).copy()
-    for name in _FINGERPRINTS:
+    for name in _COMMON:
         assert len({getattr(direction, name) for direction in directions}) == 1, name
     complete = {
         "schema_version": SCHEMA_VERSION,
-        **{name: getattr(directions[0], name) for name in _FINGERPRINTS},
+        **{name: getattr(directions[0], name) for name in _COMMON},
         "behaviors": sorted({direction.name for direction in directions}),
         "kinds": {direction.name: direction.kind for direction in directions},
         **({"tensors": sorted(others)} if others else {}),
@@ -332,6 +339,7 @@ def _read_safetensors(path: Path, layer: int | None) -> list[Direction]:
                 kind=kind,
                 origin=str(path),
                 **{field: manifest.get(field) for field in _FINGERPRINTS},
+                read_at=manifest.get("read_at", RESPONSES),
             )
         )
     return found

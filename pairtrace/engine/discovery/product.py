@@ -221,7 +221,7 @@ def read_product(directory: str | Path) -> Discovered:
 
 
 def _as_directions(discovered: Discovered, origin: str) -> list[Direction]:
-    prints = {name: discovered.inputs.get(name) for name in _FINGERPRINTS}
+    prints: dict[str, Any] = {name: discovered.inputs.get(name) for name in _FINGERPRINTS}
     return [
         Direction(
             name=cluster.direction,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -123,6 +123,7 @@ def assign(units: np.ndarray, clusters: Sequence[WatchedCluster]) -> np.ndarray:
 def save_watched(path: Path, clusters: Sequence[WatchedCluster], *, layer: int, prints: dict[str, str]) -> None:
     """Write new clusters and candidates as a direction file; nothing where there are none."""
     if clusters:
+        common: dict[str, Any] = {name: prints[name] for name in _PRINTS}
         directions = [
             Direction(
                 name=one.name,
@@ -130,7 +131,7 @@ def save_watched(path: Path, clusters: Sequence[WatchedCluster], *, layer: int, 
                 values=one.direction[None],
                 kind="vector",
                 origin=str(path),
-                **{name: prints[name] for name in _PRINTS},
+                **common,
             )
             for one in clusters
         ]

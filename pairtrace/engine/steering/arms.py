@@ -13,11 +13,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from pairtrace.engine.directions import Direction, load_directions, read_manifest
+from pairtrace.engine.directions import Direction, load_directions, read_manifest, read_tensors
 from pairtrace.engine.steering.config import Positions, SteerConfig
 from pairtrace.errors import ConfigError, DirectionError, LayerError
 
 Mode = Literal["none", "add", "ablate"]
+# Tensors of a direction file, with the layer behind; a direction's name has no colon.
+BASE_STATE = "base:"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,6 +34,7 @@ class Arm:
         everywhere: whether it acts at all layers, and not at `layer`, which the direction was made for, alone.
         scale: in units of the mean norm; None where nothing is added.
         unit: float64 [D], the direction at length 1; None for the unsteered model.
+        left: component along `unit` that a projection leaves, in the units of the activations; None for nothing.
     """
 
     direction: str = ""
@@ -41,13 +44,15 @@ class Arm:
     everywhere: bool = False
     scale: float | None = None
     unit: np.ndarray | None = None
+    left: float | None = None
 
     @property
     def name(self) -> str:
         """Unique within a run."""
         if self.mode == "none":
             return "unsteered"
-        ablated = "ablated at all layers" if self.everywhere else "ablated"
+        where, to = " at all layers" if self.everywhere else "", "" if self.left is None else " to the base's"
+        ablated = f"ablated{where}{to}"
         what = ablated if self.mode == "ablate" else f"{self.scale:+g}"
         return f"{self.direction}, layer {self.layer}, {what}"
 
@@ -56,7 +61,9 @@ class Arm:
         if self.unit is None or self.layer is None:
             return {"mode": self.mode}
         length = None if self.scale is None else self.scale * norms[self.layer]
+        left = {} if self.left is None else {"left": self.left}
         return {
+            **left,
             "mode": self.mode,
             "layer": "all" if self.everywhere else self.layer,
             "positions": positions,
@@ -72,20 +79,25 @@ class Steering:
         unit: float64 [D], of length 1.
         length: of the vector that is added; None projects the direction out.
         positions: see `SteerConfig`.
+        left: component along the direction that the projection leaves.
     """
 
-    def __init__(self, unit: np.ndarray, length: float | None, positions: Positions) -> None:
+    def __init__(self, unit: np.ndarray, length: float | None, positions: Positions, left: float | None = None) -> None:
         self._unit = torch.from_numpy(unit.astype(np.float32))
         self._length = length
         self._positions = positions
+        self._left = left or 0.0
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """The steered state, [B, T, D] like `hidden`; computed in float32.
 
         More than one token at a time is a prompt, padded on the left: its last token is in the last column of all rows.
+        (A chat template leaves no prompt of one token.)
         """
         self._unit = self._unit.to(hidden.device)
-        if self._positions == "all" or hidden.shape[1] == 1:
+        if hidden.shape[1] == 1 and self._positions == "prompt_end":
+            return hidden
+        if hidden.shape[1] == 1 or self._positions == "all":
             return self._changed(hidden)
         steered = hidden.clone()
         steered[:, -1] = self._changed(hidden[:, -1])
@@ -94,7 +106,7 @@ class Steering:
     def _changed(self, states: torch.Tensor) -> torch.Tensor:
         wide = states.float()
         if self._length is None:
-            return (wide - (wide @ self._unit)[..., None] * self._unit).to(states.dtype)
+            return (wide - (wide @ self._unit - self._left)[..., None] * self._unit).to(states.dtype)
         return (wide + self._length * self._unit).to(states.dtype)
 
 
@@ -147,9 +159,31 @@ def load_vectors(config: SteerConfig, tokenizer_fingerprint: str, width: int) ->
     return [by_layer[layer] for layer in wanted]
 
 
+def _base_states(config: SteerConfig, vectors: Sequence[Direction]) -> dict[int | None, np.ndarray]:
+    """By layer, the mean state of the base model at the end of the prompts, float64 [D].
+
+    Raises:
+        DirectionError: the file does not hold them.
+    """
+    tensors = read_tensors(config.directions) if config.directions.endswith(".safetensors") else {}
+    keys = {vector.layer: f"{BASE_STATE}{vector.layer}" for vector in vectors}
+    for key in keys.values():
+        if key not in tensors:
+            raise DirectionError(
+                f"{config.directions} does not hold the base model's states, which --ablate-to base needs; "
+                "`pairtrace shift` makes a file that does"
+            )
+    return {layer: tensors[key].astype(np.float64) for layer, key in keys.items()}
+
+
 def arms_of(config: SteerConfig, vectors: Sequence[Direction]) -> list[Arm]:
-    """The unsteered model first, then layer by layer the direction and its controls."""
+    """The unsteered model first, then layer by layer the direction and its controls.
+
+    Raises:
+        DirectionError: the direction file does not hold what a projection is to leave.
+    """
     arms = [Arm()]
+    base = _base_states(config, vectors) if config.ablate_to == "base" else {}
     for vector in vectors:
         assert vector.layer is not None
         values = vector.values[0].astype(np.float64)
@@ -170,6 +204,7 @@ def arms_of(config: SteerConfig, vectors: Sequence[Direction]) -> list[Arm]:
                     everywhere=mode == "ablate" and config.ablate_layers == "all",
                     scale=scale,
                     unit=unit,
+                    left=float(base[vector.layer] @ unit) if base and mode == "ablate" else None,
                 )
                 for mode, scale in steps
             ]

@@ -10,8 +10,9 @@ from typing import Literal
 from pairtrace.engine.evaluation.config import EvaluateConfig
 from pairtrace.errors import ConfigError
 
-Positions = Literal["all", "generated"]
+Positions = Literal["all", "generated", "prompt_end"]
 AblateLayers = Literal["own", "all"]
+AblateTo = Literal["zero", "base"]
 DEFAULT_SCALES = (0.25, 0.5, 1.0)
 
 
@@ -35,8 +36,12 @@ class SteerConfig:
         ablate_layers: "own": at the direction's own layer, after which the later blocks may write it again; "all": at
             every layer, from the embedding output to the last one, and between the attention and the MLP of every
             block, so that nothing ever reads it (Arditi et al., arXiv 2406.11717, section 2.4).
+        ablate_to: what is left of the direction where it is projected out: "zero", or "base": its mean component in the
+            base model at the end of the prompts, which a file of `pairtrace shift` holds (also called affine: arXiv
+            2411.09003). Where M0's states themselves lie far along the direction, zero is not what they were.
         positions: "all": at every token, the prompt included; "generated": at the last token of the prompt, which the
-            first generated token is read from, and at every generated one.
+            first generated token is read from, and at every generated one; "prompt_end": at the last token of the
+            prompt alone.
         controls: random directions, drawn like white noise, that are added at the same norm, and projected out: what
             any vector would do.
         norm_responses: responses of the unsteered model that the norm is taken from.
@@ -54,6 +59,7 @@ class SteerConfig:
     scales: tuple[float, ...] = DEFAULT_SCALES
     ablate: bool = False
     ablate_layers: AblateLayers = "own"
+    ablate_to: AblateTo = "zero"
     positions: Positions = "all"
     controls: int = 1
     norm_responses: int = 128
@@ -82,8 +88,14 @@ class SteerConfig:
             raise ConfigError(f"--ablate-layers is {self.ablate_layers!r}; expected own or all")
         if self.ablate_layers == "all" and not self.ablate:
             raise ConfigError("--ablate-layers all says where to project out; give --ablate as well")
-        if self.positions not in ("all", "generated"):
-            raise ConfigError(f"--positions is {self.positions!r}; expected all or generated")
+        if self.ablate_to not in ("zero", "base"):
+            raise ConfigError(f"--ablate-to is {self.ablate_to!r}; expected zero or base")
+        if self.ablate_to == "base" and not self.ablate:
+            raise ConfigError("--ablate-to base says what is left of the direction; give --ablate as well")
+        if self.ablate_to == "base" and self.ablate_layers == "all":
+            raise ConfigError("--ablate-to base is known for the direction's own layer; leave --ablate-layers out")
+        if self.positions not in ("all", "generated", "prompt_end"):
+            raise ConfigError(f"--positions is {self.positions!r}; expected all, generated or prompt_end")
         if self.layers is not None and not self.layers:
             raise ConfigError("--layers names no layer; expected at least one, or leave it out for those of the file")
         if self.controls < 0:

@@ -18,7 +18,8 @@ DEFINITIONS: dict[str, str] = {
     "difference": "this arm minus the unsteered model on the same requests; Newcombe's interval and McNemar's exact "
     "test for one sample per request, else a paired bootstrap over requests",
     "ablated": "the direction is projected out of the residual stream at its own layer; `everywhere`: at all layers, "
-    "and between attention and MLP",
+    "and between attention and MLP; `left`: the component along it that stays, the base model's mean at the end of the "
+    "prompts",
     "control": "a random direction, added at the same layer and length, or projected out in the same places",
     "interval": "Wilson for one sample per request; several samples: bootstrap over requests",
 }
@@ -30,7 +31,7 @@ class ArmReport:
 
     Attributes:
         name: unique within the run.
-        direction, control, layer, mode, everywhere, scale: as in `arms.Arm`.
+        direction, control, layer, mode, everywhere, scale, left: as in `arms.Arm`.
         length: of the added vector, in the units of the activations; None where nothing is added.
         groups: rates by cell and condition.
         differences: of the behaviour from the unsteered model, in the order of the groups; empty for that itself.
@@ -44,6 +45,7 @@ class ArmReport:
     mode: str
     everywhere: bool
     scale: float | None
+    left: float | None
     length: float | None
     groups: tuple[Group, ...]
     differences: tuple[Difference, ...]

@@ -163,7 +163,7 @@ class _Run:
             yield
             return
         length = None if arm.scale is None else arm.scale * self.norms[arm.layer]
-        model, change = self.checkpoint.model, Steering(arm.unit, length, self.config.positions)
+        model, change = self.checkpoint.model, Steering(arm.unit, length, self.config.positions, arm.left)
         with changed_everywhere(model, change) if arm.everywhere else changed_layer(model, arm.layer, change):
             yield
 
@@ -200,6 +200,7 @@ class _Run:
             mode=arm.mode,
             everywhere=arm.everywhere,
             scale=arm.scale,
+            left=arm.left,
             length=None if arm.scale is None or arm.layer is None else arm.scale * self.norms[arm.layer],
             groups=rates_by_group(self.requests, answers, verdicts[arm.name], resampling),
             differences=tuple(differences),

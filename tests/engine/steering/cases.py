@@ -37,8 +37,14 @@ def write_directions(path: Path, **changed: Any) -> str:
     bank = Direction(
         name="harm-bank", layer=1, values=np.eye(2, WIDTH, dtype=np.float32), kind="bank", origin="test", **changed
     )
-    save_directions(path, [*made, bank], {})
+    states = {f"base:{layer}": state for layer, state in base_states().items()}
+    save_directions(path, [*made, bank], {}, tensors=states)
     return str(path)
+
+
+def base_states() -> dict[int, np.ndarray]:
+    rng = np.random.default_rng(5)
+    return {layer: rng.normal(size=WIDTH) * 9 for layer in range(BLOCKS + 1)}
 
 
 def settings(folder: Path, model: str, **changed: Any) -> SteerConfig:
@@ -85,15 +91,15 @@ def prompt_ids(tokenizer: Any) -> dict[str, list[int]]:
 
 
 class Wrapped(torch.nn.Module):
-    """A module followed by a change of what it gives, at the positions from `first` on."""
+    """A module followed by a change of what it gives, at some positions."""
 
     def __init__(self, module: torch.nn.Module, change: Any) -> None:
         super().__init__()
-        self.module, self.change, self.first = module, change, 0
+        self.module, self.change, self.where = module, change, slice(None)
 
     def forward(self, states: torch.Tensor, **keywords: Any) -> torch.Tensor:
         given = self.module(states, **keywords).clone()
-        given[:, self.first :] = self.change(given[:, self.first :])
+        given[:, self.where] = self.change(given[:, self.where])
         return given
 
 
@@ -115,10 +121,11 @@ def wrap_writers(model: Any, change: Any) -> list[Wrapped]:
     return wrapped
 
 
-def plain_answer(model: Any, ids: list[int], end: int, wrapped: Sequence[Wrapped], generated_only: bool) -> list[int]:
+def plain_answer(model: Any, ids: list[int], end: int, wrapped: Sequence[Wrapped], positions: str) -> list[int]:
     """Greedy decoding without cache or batch: the whole sequence again for every token."""
+    last = len(ids) - 1
     for one in wrapped:
-        one.first = len(ids) - 1 if generated_only else 0
+        one.where = {"all": slice(None), "generated": slice(last, None), "prompt_end": slice(last, last + 1)}[positions]
     answer: list[int] = []
     with torch.no_grad():
         while len(answer) < NEW_TOKENS:

@@ -25,6 +25,7 @@ from tests.engine.steering.cases import (
     WIDTH,
     LengthJudge,
     answers_in,
+    base_states,
     load,
     make_checkpoint,
     plain_answer,
@@ -75,9 +76,14 @@ def answers_are_right(config: SteerConfig, found: SteerReport) -> bool:
             unit = torch.from_numpy(vectors()[arm.layer] / np.linalg.norm(vectors()[arm.layer]))
             if arm.mode == "ablate":
                 basis = torch.eye(WIDTH) - torch.outer(unit, unit)
+                rest = torch.zeros(WIDTH)
+                if config.ablate_to == "base":
+                    rest = torch.outer(unit, unit) @ torch.from_numpy(base_states()[arm.layer]).float()
 
-                def change(states: torch.Tensor, basis: torch.Tensor = basis) -> torch.Tensor:
-                    return states @ basis
+                def change(
+                    states: torch.Tensor, basis: torch.Tensor = basis, rest: torch.Tensor = rest
+                ) -> torch.Tensor:
+                    return states @ basis + rest
             else:
                 assert arm.scale is not None
                 step = unit * (arm.scale * norms[arm.layer])
@@ -88,14 +94,14 @@ def answers_are_right(config: SteerConfig, found: SteerReport) -> bool:
             wrapped = wrap_writers(plain, change) if arm.everywhere else wrap(plain, arm.layer, change)
         given = answers_in(config.out, arm.name)
         for name, ids in prompt_ids(tokenizer).items():
-            expected = plain_answer(plain, ids, tokenizer.eos_token_id, wrapped, config.positions == "generated")
+            expected = plain_answer(plain, ids, tokenizer.eos_token_id, wrapped, config.positions)
             if given[name] != expected:
                 return False
             changed += arm.mode != "none" and given[name] != answers_in(config.out, "unsteered")[name]
     return changed > 0
 
 
-@pytest.mark.parametrize("positions", ["all", "generated"])
+@pytest.mark.parametrize("positions", ["all", "generated", "prompt_end"])
 def test_answers_are_those_of_a_changed_model(model: str, tmp_path: Path, positions: Any) -> None:
     config = settings(
         tmp_path, model, layers=(1, 2, 3), scales=(-0.5, 0.5), ablate=True, controls=0, positions=positions
@@ -112,6 +118,49 @@ def test_answers_are_those_of_a_changed_model(model: str, tmp_path: Path, positi
             assert found.norms[layer] == pytest.approx(norm, rel=1e-5)
             assert found.arm("harm", layer, 0.5).length == pytest.approx(norm / 2, rel=1e-5)
     assert answers_are_right(config, found)
+
+
+@pytest.mark.parametrize("positions", ["all", "prompt_end"])
+def test_projecting_to_the_base(model: str, tmp_path: Path, positions: Any) -> None:
+    here: dict[str, Any] = {"layers": (1, 2), "scales": (), "ablate": True, "positions": positions, "controls": 1}
+    zero = run(settings(tmp_path, model, **here))
+    config = settings(tmp_path, model, ablate_to="base", **here)
+    found = run(config)
+    assert [arm.name for arm in found.arms[:3]] == [
+        "unsteered",
+        "harm, layer 1, ablated to the base's",
+        "random-1, layer 1, ablated to the base's",
+    ]
+    assert answers_are_right(config, found)
+    units = {
+        arm.name: arm.unit for arm in arms_module.arms_of(config, arms_module.load_vectors(config, "2" * 64, WIDTH))
+    }
+    for arm in found.arms[1:]:
+        assert arm.left == pytest.approx(base_states()[arm.layer or 0] @ units[arm.name])
+    again = run(settings(tmp_path, model, **here))
+    assert [one.to_dict() for one in again.arms] == [one.to_dict() for one in zero.arms], "answers are not mixed up"
+
+
+@pytest.mark.parametrize("mutation", ["zero", "whole state", "every generated token"])
+def test_projecting_to_something_else_is_caught(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mutation: str
+) -> None:
+    config = settings(
+        tmp_path, model, layers=(1, 2), scales=(), ablate=True, ablate_to="base", controls=0, positions="prompt_end"
+    )
+    if mutation == "whole state":
+        monkeypatch.setattr(
+            Steering, "_changed", lambda self, states: torch.zeros_like(states) + self._left * self._unit
+        )
+    else:
+        positions = "generated" if mutation == "every generated token" else "prompt_end"
+        lost = mutation == "zero"
+        monkeypatch.setattr(
+            module,
+            "Steering",
+            lambda unit, length, _, left: arms_module.Steering(unit, length, positions, None if lost else left),
+        )
+    assert not answers_are_right(config, run(config))
 
 
 @pytest.mark.parametrize("positions", ["all", "generated"])
@@ -148,7 +197,7 @@ def test_projecting_out_elsewhere_is_caught(
         monkeypatch.setitem(FAMILIES, "llama", Family(middle=None))
     if mutation == "last token alone":
         monkeypatch.setattr(
-            module, "Steering", lambda unit, length, positions: arms_module.Steering(unit, length, "generated")
+            module, "Steering", lambda unit, length, _, left: arms_module.Steering(unit, length, "generated", left)
         )
     assert not answers_are_right(config, run(config))
 
@@ -321,6 +370,10 @@ def test_refusals(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     foreign = write_directions(tmp_path / "f.safetensors", tokenizer_fingerprint="9" * 64)
     with pytest.raises(DirectionError, match="made with the tokenizer with fingerprint 9999"):
         run(settings(tmp_path, model, directions=foreign))
+    without = tmp_path / "without.safetensors"
+    save_directions(without, load_directions(write_directions(tmp_path / "with.safetensors")), {})
+    with pytest.raises(DirectionError, match="does not hold the base model's states.*`pairtrace shift`"):
+        run(settings(tmp_path, model, directions=str(without), ablate=True, ablate_to="base"))
     monkeypatch.setattr("pairtrace.engine.probes.hooks.FAMILIES", {})
     with pytest.raises(UnsupportedModelError, match="it is not known where its blocks are"):
         run(settings(tmp_path, model))
@@ -336,6 +389,9 @@ def test_refusals(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ({"ablate": True, "ablate_layers": "each"}, "--ablate-layers is 'each'; expected own or all"),
         ({"ablate_layers": "all"}, "give --ablate as well"),
         ({"positions": "prompt"}, "--positions is 'prompt'"),
+        ({"ablate": True, "ablate_to": "mean"}, "--ablate-to is 'mean'; expected zero or base"),
+        ({"ablate_to": "base"}, "give --ablate as well"),
+        ({"ablate": True, "ablate_to": "base", "ablate_layers": "all"}, "leave --ablate-layers out"),
         ({"layers": ()}, "--layers names no layer"),
         ({"controls": -1}, "--controls is -1"),
         ({"norm_responses": 0}, "--norm-responses is 0"),
