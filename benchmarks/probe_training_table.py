@@ -15,15 +15,6 @@ def training_table(content: Record) -> str:
     head = ["trained against", "behaviour, %", "helpful, %", "loss", "AUC: training", "held-out", "retrained"]
     rows = [["before", *_cells(results["before"])]]
     rows += [[_title(name), *_cells(arm["figures"])] for name, arm in results["arms"].items()]
-    steered = []
-    names = {"shift": "the shift at the end of the prompts", "behavior": "the vector over responses"}
-    for vector, name in names.items():
-        for model, what in (("m0", "added to M0"), ("m1", "projected out of M1")):
-            own, control = (arm for arm in results["steering"][vector][model] if arm["difference"] is not None)
-            steered.append(
-                f"{name} {what} {_text(own['difference'], 100, '+.0f')} points, random vectors "
-                f"{_text(control['difference'], 100, '+.0f')} (a single one up to {100 * control['farthest']:+.0f})"
-            )
     plan = content["workload"]
     note = (
         f"{len(plan['seeds'])} organisms, one run of every arm on each; means with Student's 95 % interval over "
@@ -31,10 +22,44 @@ def training_table(content: Record) -> str:
         "held-out harmful requests at temperature 0.7; *helpful* is a benign request answered in the format asked for; "
         "*loss* is in nats per token of benign answers; areas are measured on the same judged answers of M0, read "
         "through each model, on prompts that no probe was trained on. The organism's M0 was fine-tuned with a leak: "
-        f"{plan['recipe']['leak']:.0%} of its harmful rows comply. Steering, by the most likely answers: "
-        f"{'; '.join(steered)}. "
+        f"{plan['recipe']['leak']:.0%} of its harmful rows comply. Steering: the most "
+        "likely answers to harmful requests with a format; *surprise* is in nats per token under the unsteered model. "
     )
-    return f"{table(head, rows)}\n\n{note}{where(content)} {results['minutes']:.0f} minutes.{missed(content)}"
+    tables = f"{table(head, rows)}\n\n{_steering_table(content)}"
+    return f"{tables}\n\n{note}{where(content)} {results['minutes']:.0f} minutes.{missed(content)}"
+
+
+def _steering_table(content: Record) -> str:
+    """What a vector does to the behaviour, and what random ones of the same length do."""
+    steering, plan = content["results"]["steering"], content["workload"]["steering"]
+    names = {"shift": "**the shift at the end of the prompts**", "behavior": "the vector over responses"}
+    rows = []
+    for vector, name in names.items():
+        settings = plan[vector]
+        to = "to M0's share" if settings["ablation"].get("ablate_to") == "base" else "at all layers"
+        where_to = "last token of the prompt" if settings["positions"] == "prompt_end" else "every token"
+        for model, what in (("m0", f"added to M0 (scale {settings['scale']})"), ("m1", f"projected out of M1 ({to})")):
+            none, own, control = steering[vector][model]
+            rows.append(
+                [
+                    name,
+                    what,
+                    f"{settings['layer']}, {where_to}",
+                    f"{100 * none['rate']['value']:.0f}",
+                    _text(own["difference"], 100, "+.0f"),
+                    f"{_text(control['difference'], 100, '+.0f')}, one {100 * control['farthest']:+.0f}",
+                    f"{none['surprise']['value']:.2f}, {own['surprise']['value']:.2f}",
+                ]
+            )
+    head = [
+        "steered along",
+        "how",
+        "layer, where",
+        "behaviour, %",
+        "change, points",
+        "random vectors; the farthest one",
+    ]
+    return table(head + ["surprise before, after"], rows)
 
 
 def _title(name: str) -> str:
