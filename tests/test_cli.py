@@ -20,7 +20,7 @@ from tests.models import HH, make_model, make_tokenizer
 README = Path(__file__).resolve().parents[1] / "README.md"
 COMMANDS = [
     *("extract", "plan", "behavior", "score", "top", "sources", "edit", "restore", "demo", "version"),
-    *("diagnose", "train", "evaluate", "cost", "monitor", "truncate", "steer", "finetune", "detectability"),
+    *("diagnose", "train", "evaluate", "cost", "monitor", "truncate", "shift", "steer", "finetune", "detectability"),
     *("store info", "store verify", "store convert"),
     *("discover pairs", "discover prompts", "discover show"),
     *("probe train", "probe eval", "probe compare"),
@@ -111,6 +111,7 @@ def test_wrong_usage_is_exit_code_two(arguments: list[str]) -> None:
         (["probe", "train", "--out", "p.safetensors"], "give either --store"),
         (["probe", "eval", "nowhere.safetensors", "--store", "nowhere.zarr"], "nowhere.safetensors"),
         (["probe", "compare", "nowhere.safetensors", "nowhere.npy"], "nowhere.safetensors"),
+        (["shift", "nowhere.jsonl", "--base", "M0", "--tuned", "M1", "--out", "s.safetensors"], "nowhere.jsonl"),
         (["steer", "nowhere.jsonl", "M0", "--directions", "b.npy", "--out", "r.json"], "nowhere.jsonl"),
         (["steer", "p.jsonl", "M0", "--directions", "b.npy", "--out", "r.json", "--scales", "x"], "--scales is 'x'"),
         (["score", "nowhere.zarr", "b.safetensors", "--out", "s.parquet"], "nowhere.zarr"),

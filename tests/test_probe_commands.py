@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from pairtrace.cli import app
 from pairtrace.engine.probes.probe_file import load_probes
+from tests.engine.evaluation.cases import two_checkpoints
 from tests.engine.probes.cases import make_sided_store
 from tests.engine.steering.cases import make_checkpoint, settings
 
@@ -68,6 +69,20 @@ def test_steer(tmp_path: Path) -> None:
     assert "harm, layer 2, ablated at all layers" in shown
     names = [arm["name"] for arm in figures(*command, "--out", tmp_path / "default.json")["arms"]]
     assert names == ["unsteered", *(f"harm, layer 2, {scale}" for scale in ("+0.25", "+0.5", "+1"))]
+
+
+def test_shift(tmp_path: Path) -> None:
+    base, tuned = two_checkpoints(tmp_path)
+    command = ["shift", settings(tmp_path, base).prompts, "--base", base, "--tuned", tuned, "--device", "cpu"]
+    found = figures(*command, "--layers", "0,2", "--name", "moved", "--out", tmp_path / "some.safetensors")
+    assert [layer["layer"] for layer in found["layers"]] == [0, 2]
+    shown = run(*command, "--conditions", "plain,distractor", "--out", tmp_path / "all.safetensors").stdout
+    lines = [line.split() for line in shown.splitlines()]
+    assert lines[0][:3] == ["all:", "6", "requests,"] and ["layer", "length", "share", "agreement"] in lines
+    assert [line[0] for line in lines if line[0].isdecimal()] == ["1", "2"]
+    steered = ["steer", settings(tmp_path, base).prompts, tuned, "--directions", tmp_path / "some.safetensors"]
+    steered += ["--layers", 2, "--ablate", "--ablate-to", "base", "--positions", "prompt_end", "--max-new-tokens", 4]
+    assert "moved, layer 2, ablated to the base's" in run(*steered, "--out", tmp_path / "without.json").stdout
 
 
 @pytest.mark.parametrize("strengths", ["a", "0.1,"])

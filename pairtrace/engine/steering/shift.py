@@ -149,9 +149,17 @@ class ShiftSummary:
         """The summary as plain JSON values."""
         return asdict(self)
 
-    def to_rows(self) -> list[dict[str, Any]]:
-        """A row per layer."""
-        return [asdict(layer) for layer in self.layers]
+    def to_rows(self) -> list[dict[str, str]]:
+        """A table for people: one row per layer."""
+        return [
+            {
+                "layer": str(layer.layer),
+                "length": f"{layer.length:.4g}",
+                "share": f"{layer.share:.3f}",
+                "agreement": f"{layer.agreement:.3f}",
+            }
+            for layer in self.layers
+        ]
 
 
 def measure_shift(config: ShiftConfig, progress: Progress = NULL_PROGRESS) -> ShiftSummary:

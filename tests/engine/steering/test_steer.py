@@ -372,7 +372,7 @@ def test_refusals(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         run(settings(tmp_path, model, directions=foreign))
     without = tmp_path / "without.safetensors"
     save_directions(without, load_directions(write_directions(tmp_path / "with.safetensors")), {})
-    with pytest.raises(DirectionError, match="does not hold the base model's states.*`pairtrace shift`"):
+    with pytest.raises(DirectionError, match=r"does not hold the base model's states.*`pairtrace shift`"):
         run(settings(tmp_path, model, directions=str(without), ablate=True, ablate_to="base"))
     monkeypatch.setattr("pairtrace.engine.probes.hooks.FAMILIES", {})
     with pytest.raises(UnsupportedModelError, match="it is not known where its blocks are"):
