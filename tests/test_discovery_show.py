@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -66,6 +67,18 @@ def test_pairs_that_are_no_items_are_told(tmp_path: Path) -> None:
         "pairs:",
         "1,500 (10 used, 2 with NaN or infinity, 1,488 not sampled)",
     ]
+
+
+def test_noise_alone_comes_with_advice(tmp_path: Path) -> None:
+    noise = np.full(10, -1, np.int32)
+    nothing = {"probabilities": np.zeros(10, np.float32), "cosines": np.full(10, np.nan, np.float32)}
+    write_product(
+        tmp_path, make_discovery(clusters=(), labels=noise, directions=np.empty((0, 24), np.float32), **nothing)
+    )
+    assert (
+        str(show(tmp_path)).splitlines()[-1].startswith("no cluster: all items are noise; a lower --min-cluster-size")
+    )
+    assert json.loads(str(show(tmp_path, "--json")))["clusters"] == []
 
 
 def test_one_cluster(tmp_path: Path) -> None:

@@ -56,7 +56,10 @@ def discovery_answer(discovered: Discovered, json: bool) -> Answer:
     lines = [_row(cluster, len(discovered.labels)) for cluster in discovered.clusters]
     known = {key for line in lines for key, value in line.items() if value is not None}
     shown = [{key: value for key, value in line.items() if key in known} for line in lines]
-    return Answer(figures, json, text=summary_text({**head, "clusters": shown}))
+    text = summary_text({**head, "clusters": shown})
+    if not discovered.clusters:
+        text += "\nno cluster: all items are noise; a lower --min-cluster-size or --min-samples finds smaller ones"
+    return Answer(figures, json, text=text)
 
 
 def _given(details: dict[str, Any]) -> dict[str, str]:
