@@ -122,7 +122,7 @@ class TrainConfig(PairsConfig):
             self._check(name, lambda value, known=known: value in known, f"one of {', '.join(known)}")
         if self.batch_size % self.accumulation:
             raise ConfigError(
-                f"batch_size is {self.batch_size}, the pairs of one step, and cannot be spread evenly over "
+                f"--batch-size is {self.batch_size}, the pairs of one step, and cannot be spread evenly over "
                 f"{self.accumulation} forward passes; give a divisor of it as --accumulation"
             )
         unknown = sorted(set(self.loss_type) - set(LOSSES))
@@ -131,21 +131,21 @@ class TrainConfig(PairsConfig):
             raise ConfigError(f"{found}; expected at least one of {', '.join(LOSSES)}")
         if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
             raise ConfigError(
-                f"there are {len(self.loss_weights)} loss_weights for {len(self.loss_type)} losses; give one each"
+                f"there are {len(self.loss_weights)} --loss-weights for {len(self.loss_type)} losses; give one each"
             )
         if self.monitor is None and (self.monitor_rules or self.monitor_known or self.monitor_stop):
             raise ConfigError(
-                "monitor-rules, monitor-known and monitor-stop belong to a monitor; give --monitor PROMPTS"
+                "--monitor-rules, --monitor-known and --monitor-stop belong to a monitor; give --monitor PROMPTS"
             )
         if self.lora is None and (self.lora_alpha is not None or self.lora_targets or not self.merge):
-            raise ConfigError("lora_alpha, lora_targets and no-merge are settings of an adapter; give --lora RANK")
+            raise ConfigError("--lora-alpha, --lora-targets and --no-merge are settings of an adapter; give --lora RANK")
 
     def _check(self, name: str, good: Any, expected: str) -> None:
         value = getattr(self, name)
         if value is None:
             return
         if (isinstance(value, float) and not math.isfinite(value)) or not good(value):
-            raise ConfigError(f"{name} is {value!r}; expected {expected}")
+            raise ConfigError(f"--{name.replace('_', '-')} is {value!r}; expected {expected}")
 
     @property
     def rate(self) -> float:

@@ -274,8 +274,8 @@ def test_data_without_a_usable_row(small: Path, tmp_path: Path) -> None:
     [
         ({"accumulation": 3}, "divisor"),
         ({"adam_beta2": 1.0}, "from 0 to below 1"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"beta": float("nan")}, "beta is nan"),
+        ({"batch_size": 0}, "--batch-size is 0"),
+        ({"beta": float("nan")}, "--beta is nan"),
         ({"compute_dtype": "float16"}, "float32, bfloat16"),
         ({"lora_alpha": 8.0}, "--lora RANK"),
         ({"loss_type": ("dpo",)}, "unknown loss 'dpo'"),
