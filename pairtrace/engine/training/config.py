@@ -131,14 +131,14 @@ class TrainConfig(PairsConfig):
             raise ConfigError(f"{found}; expected at least one of {', '.join(LOSSES)}")
         if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
             raise ConfigError(
-                f"there are {len(self.loss_weights)} --loss-weights for {len(self.loss_type)} losses; give one each"
+                f"--loss-weight was given {len(self.loss_weights)} times for {len(self.loss_type)} losses; give one each"
             )
         if self.monitor is None and (self.monitor_rules or self.monitor_known or self.monitor_stop):
             raise ConfigError(
                 "--monitor-rules, --monitor-known and --monitor-stop belong to a monitor; give --monitor PROMPTS"
             )
         if self.lora is None and (self.lora_alpha is not None or self.lora_targets or not self.merge):
-            raise ConfigError("--lora-alpha, --lora-targets and --no-merge are settings of an adapter; give --lora RANK")
+            raise ConfigError("--lora-alpha, --lora-target and --no-merge belong to an adapter; give --lora RANK")
 
     def _check(self, name: str, good: Any, expected: str) -> None:
         value = getattr(self, name)
