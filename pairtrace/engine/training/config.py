@@ -131,7 +131,8 @@ class TrainConfig(PairsConfig):
             raise ConfigError(f"{found}; expected at least one of {', '.join(LOSSES)}")
         if self.loss_weights and len(self.loss_weights) != len(self.loss_type):
             raise ConfigError(
-                f"--loss-weight given {len(self.loss_weights)} times for {len(self.loss_type)} losses, one each is needed"
+                f"--loss-weight was given {len(self.loss_weights)} times for {len(self.loss_type)} losses; "
+                "give one each"
             )
         if self.monitor is None and (self.monitor_rules or self.monitor_known or self.monitor_stop):
             raise ConfigError(

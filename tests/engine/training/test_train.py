@@ -279,7 +279,7 @@ def test_data_without_a_usable_row(small: Path, tmp_path: Path) -> None:
         ({"compute_dtype": "float16"}, "float32, bfloat16"),
         ({"lora_alpha": 8.0}, "--lora RANK"),
         ({"loss_type": ("dpo",)}, "unknown loss 'dpo'"),
-        ({"loss_weights": (1.0, 2.0)}, "one each is needed"),
+        ({"loss_weights": (1.0, 2.0)}, "give one each"),
         ({"lora": 2, "lora_targets": ("no_such_module",)}, "no_such_module"),
         ({"lora": 2, "lora_targets": ("lm_head",)}, "lm_head"),
         ({"scheduler": "exponential"}, "linear, cosine, constant"),
