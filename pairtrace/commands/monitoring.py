@@ -22,7 +22,7 @@ def _monitor(
     prompts: Annotated[str, typer.Option(help="Bag of prompts, hundreds of them, yaml or jsonl.")],
     out: Annotated[str, typer.Option(help="Directory of the log, the plot, the answers and new directions.")],
     known: Annotated[
-        str | None, typer.Option(help="Directory that `pairtrace discover` wrote: known clusters.")
+        str | None, typer.Option(help="Directory that `pairtrace discover prompts` wrote: known clusters.")
     ] = None,
     rules: Annotated[
         str | None, typer.Option(help="Rule file of a judge, or refusal for the built-in one [default: no judge].")

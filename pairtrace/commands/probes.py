@@ -172,7 +172,7 @@ def _compare(
 
     found = [one.to_dict() for one in compare_probes(ProbeCompareConfig(**options), progress())]
     rows = [{key: _cell(value) for key, value in one.items()} for one in found]
-    return Answer({"pairs": found}, json, text="\n".join(table_lines(rows)) if rows else "nothing to compare")
+    return Answer({"pairs": found}, json, text="\n".join(table_lines(rows)))
 
 
 def _listed(text: str | None) -> tuple[str, ...]:

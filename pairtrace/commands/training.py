@@ -87,7 +87,7 @@ def _train(
     monitor_rules: Annotated[
         str | None, typer.Option(help="Rule file of the monitor's judge, or refusal [default: no judge].")
     ] = None,
-    monitor_known: Annotated[str | None, typer.Option(help="Clusters that `pairtrace discover` found.")] = None,
+    monitor_known: Annotated[str | None, typer.Option(help="Clusters that `pairtrace discover prompts` found.")] = None,
     monitor_stop: Annotated[bool, typer.Option("--monitor-stop", help="End training at an alert.")] = False,
     max_length: MaxLength = 1024,
     truncation: Truncation = "keep_start",

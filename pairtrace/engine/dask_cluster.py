@@ -7,6 +7,7 @@ shards themselves.
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import lru_cache
@@ -51,6 +52,7 @@ def connect(address: str) -> Any:
         from distributed import Client
     except ImportError as error:
         raise MissingDependencyError("dask[distributed]", "discover", "--scheduler") from error
+    _require_greeting(address)
     try:
         return Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError) as error:
@@ -58,6 +60,27 @@ def connect(address: str) -> Any:
             f"no Dask scheduler answers at {address!r} within {CONNECT_SECONDS} s ({error}); expected an address like "
             "tcp://host:8786, as dask scheduler prints it"
         ) from error
+
+
+def _require_greeting(address: str) -> None:
+    """A Dask server speaks first; a client waits for ever for one that accepts connections and stays silent.
+
+    Raises:
+        ConfigError: it does. (What refuses a connection may be about to start: that is left to the client.)
+    """
+    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    if parts.scheme != "tcp":
+        return
+    try:
+        with socket.create_connection((parts.hostname, parts.port), timeout=CONNECT_SECONDS) as connection:
+            connection.recv(1)
+    except TimeoutError as error:
+        raise ConfigError(
+            f"what listens at {address!r} has said nothing for {CONNECT_SECONDS} s, so that it is no Dask scheduler; "
+            "expected an address like tcp://host:8786, as dask scheduler prints it"
+        ) from error
+    except OSError:
+        return
 
 
 def check_workers(client: Any, address: str) -> int:

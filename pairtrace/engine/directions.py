@@ -83,6 +83,18 @@ class Direction:
         if zero.size:
             raise DirectionError(f"{where}: row {zero[0]} is zero and has no cosine with anything")
 
+    def require_responses(self) -> None:
+        """Check that cosines with the rows of a store mean something.
+
+        Raises:
+            DirectionError: it was read at other tokens than they.
+        """
+        if self.read_at != RESPONSES:
+            raise DirectionError(
+                f"{self.origin}: {self.name!r} was read at {self.read_at}, but the rows of a store over responses: "
+                "their cosines say nothing; `pairtrace behavior` makes a direction to score with"
+            )
+
     @property
     def fingerprint(self) -> str:
         """sha256 (hex) over kind, layer, shape and values."""

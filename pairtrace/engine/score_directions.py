@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from pairtrace.engine.directions import RESPONSES, Direction, load_directions
+from pairtrace.engine.directions import Direction, load_directions
 from pairtrace.errors import DirectionError, LayerError
 from pairtrace.store.reader import ActivationStore
 
@@ -38,11 +38,7 @@ def select_directions(
             note=note,
         )
         for direction in loaded:
-            if direction.read_at != RESPONSES:
-                raise DirectionError(
-                    f"{path}: {direction.name!r} was read at {direction.read_at}, but the rows of a store over "
-                    "responses: their cosines say nothing; `pairtrace behavior` makes a direction to score with"
-                )
+            direction.require_responses()
             if direction.name in found:
                 raise DirectionError(
                     f"the behaviour {direction.name!r} is in {found[direction.name].origin} and in {path}; "

@@ -34,12 +34,20 @@ _ADAPTER, _ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def checkpoints_of(directory: Path) -> dict[int, Path]:
-    """Checkpoint directories by step, ascending; adapters are checkpoints too."""
-    found = {}
+    """Checkpoint directories by step, ascending; adapters are checkpoints too.
+
+    Raises:
+        ConfigError: two of them are of the same step.
+    """
+    found: dict[int, Path] = {}
     for path in directory.iterdir() if directory.is_dir() else ():
         name = _NAME.fullmatch(path.name)
         if name and any((path / file).is_file() for file in ("config.json", _ADAPTER)):
-            found[int(name[1])] = path
+            step = int(name[1])
+            if step in found:
+                first, second = sorted((found[step], path))
+                raise ConfigError(f"{first} and {second} are both of step {step}; move one of them elsewhere")
+            found[step] = path
     return dict(sorted(found.items()))
 
 

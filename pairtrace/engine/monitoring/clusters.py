@@ -56,7 +56,7 @@ def known_clusters(directory: str, prints: dict[str, str], layer: int | None) ->
     """The clusters of a discovery.
 
     Args:
-        directory: that `pairtrace discover` wrote.
+        directory: that `pairtrace discover prompts` wrote.
         prints: fingerprints of the base model, by name.
         layer: that was asked for; None for that of the discovery.
 
@@ -65,9 +65,14 @@ def known_clusters(directory: str, prints: dict[str, str], layer: int | None) ->
 
     Raises:
         DataError: the directory does not hold a discovery.
-        DataMismatchError: it was made with another model, tokenizer or template, or at another layer.
+        DataMismatchError: it was made of pairs, with another model, tokenizer or template, or at another layer.
     """
     found = read_product(directory)
+    if found.view != "prompts":
+        raise DataMismatchError(
+            f"{directory} holds a discovery among {found.view}; expected one among prompts: clusters of pairs say what "
+            "the data is like, and would take answers in that nothing is wrong with"
+        )
     for name in _PRINTS:
         actual = found.inputs.get(name)
         if actual is not None and actual != prints[name]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ from pairtrace.engine.monitoring.watch import Changes, Seen, Watch
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
 from pairtrace.engine.prompt_encoder import PromptEncoder
 from pairtrace.engine.prompts import load_prompts
+from pairtrace.errors import DataFormatError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -161,6 +163,8 @@ class Monitor:
                 "known": [[one.name, one.threshold, one.flagged] for one in self._known],
             }
             self._journal = stack.enter_context(Journal(self._out / LOG, identity))
+            for entry in self._journal.entries:
+                _require_entry(entry, self._out / LOG)
             self.logged = {entry["step"]: entry for entry in self._journal.entries}
             self._prepare()
             self._stack = stack.pop_all()
@@ -198,7 +202,7 @@ class Monitor:
             fingerprint: of its checkpoint; None where there is none, as inside a training.
 
         Raises:
-            ModelError: memory does not suffice for a single response.
+            ModelError: memory does not suffice for a single response, or no answer of a checkpoint can be read.
             ConfigError: a file cannot be written.
         """
         assert step > self.last_step, (step, self.last_step)
@@ -215,6 +219,7 @@ class Monitor:
             )
         table = self._table(answers)
         bag = self._read(table)
+        self._require_readable(bag, step, saved=fingerprint is not None)
         seen = self._watch.look(step, _changes(bag, None if self._judge is None else table))
         table.write(self._out / f"step-{step:08d}.rollouts.parquet")
         watched = [one for one in self._watch.clusters if one.kind != "known"] + self._watch.candidates
@@ -244,6 +249,19 @@ class Monitor:
             level = logging.INFO if one.severity == "note" else logging.WARNING
             logger.log(level, "%s at step %d: %s", one.severity, step, one.text)
         return seen
+
+    def _require_readable(self, bag: PromptBag, step: int, *, saved: bool) -> None:
+        """What cannot be read cannot have changed: a broken model must not pass for a clean one."""
+        counts = bag.counts
+        readable = counts.pop(CHANGED, 0) + counts.pop(UNCHANGED, 0)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items())
+        if not readable and saved:
+            raise ModelError(
+                f"none of the {len(self._asked)} answers at step {step} can be read ({reasons}): the checkpoint is "
+                "damaged, or the training has broken the model"
+            )
+        if 2 * readable < len(self._asked):
+            logger.warning("step %d: only %d of %d answers can be read (%s)", step, readable, len(self._asked), reasons)
 
     def _prepare(self) -> None:
         """M0's answers, how far they vary, and what the log says of earlier steps."""
@@ -284,6 +302,16 @@ class Monitor:
 
     def _directions(self, step: int) -> Path:
         return self._out / f"step-{step:08d}.safetensors"
+
+
+def _require_entry(entry: Mapping[str, Any], log: Path) -> None:
+    kinds = {"step": int, "clusters": list, "raised": list, "watched": list}
+    damaged = next((name for name, kind in kinds.items() if not isinstance(entry.get(name), kind)), None)
+    if damaged is not None:
+        raise DataFormatError(
+            f"{log} is damaged: an entry has {damaged} = {entry.get(damaged)!r}, expected {kinds[damaged].__name__}; "
+            "remove the directory to begin again"
+        )
 
 
 def _changes(bag: PromptBag, table: RolloutTable | None = None) -> Changes:

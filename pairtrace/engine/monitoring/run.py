@@ -11,13 +11,14 @@ from pairtrace.engine.cost import CostMeter
 from pairtrace.engine.monitoring.checkpoints import (
     arriving,
     checkpoint_fingerprint,
+    checkpoints_of,
     load_checkpoint,
     require_checkpoints,
 )
 from pairtrace.engine.monitoring.config import MonitorRunConfig
 from pairtrace.engine.monitoring.monitor import LOG, PLOT, Monitor, free_memory
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
-from pairtrace.errors import DataMismatchError
+from pairtrace.errors import DataMismatchError, ModelError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class MonitorSummary:
         looked_at: steps that were asked just now.
         items: prompts under their conditions.
         clusters: shares at the last step: name, kind, flagged, answers, share, and the upper end of M0's interval.
+        unreadable: answers of the last step that could not be read, by reason.
         alerts: of all steps: step, severity, cluster, text.
         stopped: the watch ended at an alert.
     """
@@ -44,6 +46,7 @@ class MonitorSummary:
     looked_at: int
     items: int
     clusters: tuple[dict[str, Any], ...]
+    unreadable: dict[str, int]
     alerts: tuple[dict[str, Any], ...]
     stopped: bool
 
@@ -59,15 +62,20 @@ def monitor_run(config: MonitorRunConfig, progress: Progress = NULL_PROGRESS) ->
         DataError: the prompts or the known clusters cannot be used, or the log is another run's: of other settings,
             or of other weights than those of a checkpoint that is there.
         ConfigError: an option cannot be used, or there is no checkpoint.
-        ModelError: M0 or a checkpoint cannot be used.
+        ModelError: M0 or a checkpoint cannot be used, or no checkpoint can be read.
         StoreLockedError: another monitor writes to the directory.
     """
     require_checkpoints(config)
     out = Path(config.out)
-    looked_at, stopped = 0, False
+    looked_at = 0
     meter = CostMeter(method="monitor", stage="monitor", device=config.device, path=out / COSTS, resumed=True)
     with meter, Monitor(config, progress=progress, meter=meter) as monitor:
-        for step, path in arriving(config, monitor.last_step):
+        # A run that has stopped at an alert stays so, however often it is started.
+        stopped = config.on_alert == "stop" and bool(monitor.alerts)
+        there = checkpoints_of(Path(config.run)).items()
+        for step, path in there if stopped else arriving(config, monitor.last_step):
+            if step > monitor.last_step and stopped:
+                break
             if step <= monitor.last_step:
                 _require_logged(monitor, step, path)
                 continue
@@ -81,6 +89,8 @@ def monitor_run(config: MonitorRunConfig, progress: Progress = NULL_PROGRESS) ->
             if seen.alerts and config.on_alert == "stop":
                 stopped = True
                 break
+        if not monitor.logged and not config.follow:
+            raise ModelError(f"no checkpoint in {config.run} can be read; the notes above say why")
         last = monitor.logged.get(monitor.last_step, {})
         return MonitorSummary(
             log=str(out / LOG),
@@ -89,6 +99,7 @@ def monitor_run(config: MonitorRunConfig, progress: Progress = NULL_PROGRESS) ->
             looked_at=looked_at,
             items=monitor.items,
             clusters=tuple(_row(line) for line in last.get("clusters", ())),
+            unreadable=last.get("unreadable", {}),
             alerts=tuple(monitor.alerts),
             stopped=stopped,
         )

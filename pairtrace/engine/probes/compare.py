@@ -76,8 +76,8 @@ def compare_probes(config: ProbeCompareConfig, progress: Progress = NULL_PROGRES
     """Compare every vector of one file with every one of another, layer by layer.
 
     Raises:
-        DirectionError: a file cannot be read, or has another width than the store.
-        ProbeMismatchError: the files have no layer in common, or different widths.
+        DirectionError: a file cannot be read, or has another width than the store or vectors of other tokens.
+        ProbeMismatchError: the files have no layer in common, or different widths, or are one with a single vector.
         StoreError: the store cannot be used.
     """
     store = None if config.store is None else ActivationStore.open(
@@ -88,6 +88,9 @@ def compare_probes(config: ProbeCompareConfig, progress: Progress = NULL_PROGRES
         [one for one in load_directions(path, width=width, note=False) if one.kind == "vector"]
         for path in (config.first, config.second)
     ]
+    if store is not None:
+        for one in (*files[0], *files[1]):
+            one.require_responses()
     layers = _common_layers(config, files, store)
     found = []
     progress.start("compare", len(layers), "layers")
@@ -102,6 +105,8 @@ def compare_probes(config: ProbeCompareConfig, progress: Progress = NULL_PROGRES
                 found.append(_likeness(one, other, layer, ranked, config.top_share))
         progress.advance(1)
     progress.finish()
+    if not found:
+        raise ProbeMismatchError(f"{config.first} was given twice", "two vectors of a layer or more", "one of each")
     return found
 
 

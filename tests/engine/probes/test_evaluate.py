@@ -133,7 +133,8 @@ def test_comparison(store: SidedStore, tmp_path: Path) -> None:
     assert found.top == 30
     tops = [set(np.argsort(-one)[:30].tolist()) for one in scores]
     assert found.top_overlap == pytest.approx(len(tops[0] & tops[1]) / 30, abs=1 / 30)
-    assert compare_probes(ProbeCompareConfig(first=files["first"], second=files["first"])) == []
+    with pytest.raises(ProbeMismatchError, match="was given twice"):
+        compare_probes(ProbeCompareConfig(first=files["first"], second=files["first"]))
 
 
 def test_what_cannot_be_compared(store: SidedStore, probe: str, tmp_path: Path) -> None:

@@ -10,13 +10,29 @@ import numpy as np
 import pytest
 import torch
 
-from pairtrace.engine.directions import PROMPT_END, load_directions, read_manifest, read_tensors
+from pairtrace.engine.directions import (
+    PROMPT_END,
+    Direction,
+    load_directions,
+    read_manifest,
+    read_tensors,
+    save_directions,
+)
+from pairtrace.engine.probes.compare import ProbeCompareConfig, compare_probes
 from pairtrace.engine.score_directions import select_directions
 from pairtrace.engine.steering import shift as module
 from pairtrace.engine.steering.shift import ShiftConfig, ShiftSummary, measure_shift
-from pairtrace.errors import ConfigError, DirectionError, LayerError, ModelError, PairtraceError
+from pairtrace.errors import (
+    ConfigError,
+    DirectionError,
+    LayerError,
+    ModelError,
+    PairtraceError,
+    ProbeMismatchError,
+)
 from pairtrace.store.reader import ActivationStore
 from tests.engine.evaluation.cases import PROMPTS, two_checkpoints, write_rows
+from tests.engine.probes.cases import make_sided_store
 from tests.engine.steering.cases import LengthJudge, load, prompt_ids
 from tests.engine.steering.cases import settings as steering
 from tests.models import make_model, make_tokenizer
@@ -168,6 +184,19 @@ def test_a_store_is_not_scored_with_it(models: tuple[str, str], tmp_path: Path) 
     with pytest.raises(DirectionError, match=r"was read at prompt_end.*pairtrace behavior"):
         # Of the same width and model as the store as far as anyone can tell.
         select_directions(_Alike(store, out), [out], 1)
+
+
+def test_a_ranking_is_not_compared_with_it(models: tuple[str, str], tmp_path: Path) -> None:
+    out = measure_shift(config(tmp_path, models, layers=(1,))).out
+    with pytest.raises(ProbeMismatchError, match="was given twice"):
+        compare_probes(ProbeCompareConfig(first=out, second=out))
+    store = make_sided_store(tmp_path / "s")
+    wide = tmp_path / "wide.safetensors"
+    rows = np.ones((1, ActivationStore.open(store.path).width), np.float32)
+    direction = Direction(name="x", layer=2, values=rows, kind="vector", origin="x", read_at=PROMPT_END)
+    save_directions(wide, [direction], {})
+    with pytest.raises(DirectionError, match="was read at prompt_end"):
+        compare_probes(ProbeCompareConfig(first=str(wide), second=str(wide), store=str(store.path)))
 
 
 class _Alike:
