@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import subprocess
 import sys
 import warnings
 
 import pytest
 
+from pairtrace.engine import dask_cluster
 from pairtrace.engine.dask_cluster import cluster_failures, connect, discovery_client, require_address
 from pairtrace.errors import ConfigError, StoreError
 
@@ -72,3 +74,11 @@ def test_failures_of_a_cluster_become_errors_for_the_user() -> None:
         raise OSError("gone")
     with pytest.raises(StoreError, match="damaged"), cluster_failures("tcp://x:1"):
         raise StoreError("damaged")
+
+
+def test_a_port_that_says_nothing_is_no_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dask_cluster, "CONNECT_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(ConfigError, match=rf"what listens at '{address}' has said nothing for 0\.3 s"):
+            connect(address)

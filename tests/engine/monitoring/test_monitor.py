@@ -12,11 +12,13 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from pairtrace.cli import app
 from pairtrace.engine.directions import load_directions
 from pairtrace.engine.monitoring import checkpoints as checkpoints_module
+from pairtrace.engine.monitoring import run as run_module
 from pairtrace.engine.monitoring.checkpoints import arriving, checkpoints_of
 from pairtrace.engine.monitoring.clusters import WatchedCluster, known_clusters, load_watched, save_watched
 from pairtrace.engine.monitoring.config import MonitorConfig
@@ -25,6 +27,7 @@ from pairtrace.engine.monitoring.run import monitor_run
 from pairtrace.engine.monitoring.watch import Alert, Changes, Seen, Watch
 from pairtrace.engine.rollout_file import read_rollouts
 from pairtrace.errors import ConfigError, DataFormatError, DataMismatchError, LayerError, ModelError
+from tests.engine.discovery.discoveries import make_discovery
 from tests.engine.monitoring.cases import config_for, read_log, write_checkpoint
 
 
@@ -81,6 +84,67 @@ def test_a_stopped_monitor_goes_on_as_if_it_had_not(
     assert monitor_run(config).looked_at == 1
     assert read_log(tmp_path / "monitor.jsonl") == read_log(watched / "monitor.jsonl")
     assert monitor_run(config).looked_at == 0
+
+
+def test_a_run_that_stopped_at_an_alert_stays_so(
+    m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    look = Watch.look
+
+    def raising(self: Watch, step: int, now: Changes) -> Seen:
+        return replace(look(self, step, now), raised=(Alert(severity="harmful", cluster="c", text="c has grown"),))
+
+    monkeypatch.setattr(Watch, "look", raising)
+    stopping = config_for(m0, prompts, checkpoints, tmp_path, on_alert="stop")
+    first = monitor_run(stopping)
+    assert first.stopped and first.steps == (10,)
+    again = monitor_run(stopping)
+    assert again.stopped and again.steps == (10,) and again.looked_at == 0
+    follow = monitor_run(replace(stopping, follow=True, poll_seconds=0.01))
+    assert follow.stopped and follow.looked_at == 0
+    assert monitor_run(config_for(m0, prompts, checkpoints, tmp_path)).steps == (10, 20, 30)
+
+
+def test_a_model_that_answers_nothing_is_not_clean(
+    m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(checkpoints, run)
+    broken = run / "checkpoint-20"
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"].fill_(float("nan"))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"none of the 13 answers at step 20 can be read \(13 \w+\)"):
+        monitor_run(config_for(m0, prompts, run, out))
+    assert [line["step"] for line in read_log(out / "monitor.jsonl")] == [10]
+    # Inside a training there is no checkpoint to replace: it is told, and the training goes on.
+    monkeypatch.setattr(run_module, "checkpoint_fingerprint", lambda path: None)
+    monkeypatch.setattr(run_module, "_require_logged", lambda *_: None)
+    summary = monitor_run(config_for(m0, prompts, run, out, until_step=20))
+    assert sum(summary.unreadable.values()) == 13
+    assert "step 20: only 0 of 13 answers can be read" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "entry", [{}, {"step": "30"}, {"step": 30, "clusters": None}, {"step": 30, "clusters": [], "watched": []}]
+)
+def test_an_entry_that_lacks_something_is_named(
+    watched: Path, m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path, entry: dict[str, Any]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(watched, out)
+    with (out / "monitor.jsonl").open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    with pytest.raises(DataFormatError, match=r"monitor\.jsonl is damaged: an entry has (step|clusters|raised) = "):
+        monitor_run(config_for(m0, prompts, checkpoints, out, rules="refusal"))
+
+
+def test_nothing_that_can_be_read_is_an_error(m0: Path, prompts: Path, checkpoints: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoints / "checkpoint-10", run / "checkpoint-10")
+    (run / "checkpoint-10" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no checkpoint in .* can be read"):
+        monitor_run(config_for(m0, prompts, run, tmp_path / "out"))
 
 
 def test_a_log_of_other_settings_is_refused(watched: Path, m0: Path, prompts: Path, checkpoints: Path) -> None:
@@ -181,6 +245,10 @@ def test_checkpoints_are_found_by_the_number_in_their_name(tmp_path: Path) -> No
         20: "checkpoint-20",
         100: "checkpoint-100",
     }
+    (tmp_path / "epoch-20").mkdir()
+    (tmp_path / "epoch-20" / "config.json").touch()
+    with pytest.raises(ConfigError, match=r"checkpoint-20 and .*epoch-20 are both of step 20"):
+        checkpoints_of(tmp_path)
 
 
 def test_checkpoints_are_taken_as_they_become_complete(
@@ -324,6 +392,10 @@ def test_the_clusters_of_a_discovery(tmp_path: Path) -> None:
         known_clusters(str(tmp_path), prints, 1)
     with pytest.raises(DataMismatchError, match="model_fingerprint"):
         known_clusters(str(tmp_path), prints | {"model_fingerprint": "another"}, None)
+    pairs = tmp_path / "pairs"
+    write_product(pairs, make_discovery("pairs"))
+    with pytest.raises(DataMismatchError, match="holds a discovery among pairs; expected one among prompts"):
+        known_clusters(str(pairs), prints, None)
 
 
 def test_the_plot_is_a_picture_of_the_log(tmp_path: Path, watched: Path) -> None:
