@@ -15,7 +15,7 @@ export TOKENIZERS_PARALLELISM ?= false
 .PHONY: help venv venv-vllm demo test test-vllm lint unit bench-quick clean
 
 help:
-	@echo "make demo   train the tiny model organism, trace its behaviour to the planted pairs (under 10 minutes)"
+	@echo "make demo   train the tiny model organism, trace its behaviour to the planted pairs (about ten minutes, more on a busy machine)"
 	@echo "make test   lint, types, import contract and tests"
 	@echo "make test-vllm   the tests of the vLLM back end on the real engine, in an environment of its own (CPU)"
 	@echo "make bench-quick   the attribution benchmark on a miniature: edit, retraining, evaluation (minutes)"

@@ -10,7 +10,6 @@ import typer
 from pairtrace.options import (
     Device,
     Json,
-    Limit,
     MaxLength,
     Split,
     Template,
@@ -132,7 +131,7 @@ def _finetune(
     ] = None,
     max_length: MaxLength = 1024,
     truncation: Truncation = "keep_start",
-    limit: Limit = None,
+    limit: Annotated[int | None, typer.Option(help="sft: only the first rows.")] = None,
     prompt: Annotated[str | None, typer.Option(help="sft: column with the prompt [default: recognised].")] = None,
     completion: Annotated[str | None, typer.Option(help="sft: column with the response [default: recognised].")] = None,
     split: Split = None,
