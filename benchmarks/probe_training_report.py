@@ -133,13 +133,18 @@ def claims_of(results: Figures) -> list[Claim]:
 def _steering_claims(steering: Figures) -> list[Claim]:
     """The interval of the difference lies on the right side of 0; that of a random vector holds 0."""
     claims = []
-    for model, sign, what in (("m0", 1, "added to M0"), ("m1", -1, "projected out of M1")):
-        for arm in steering["shift"][model]:
-            if arm["difference"] is None or arm["difference"]["low"] is None:
-                continue
-            near = min(sign * arm["difference"]["low"], sign * arm["difference"]["high"])
-            vector, target = ("random vectors", at_most) if arm["control"] else ("the shift", at_least)
-            claims.append(target(f"{vector} {what}: near end of the change's interval", near, 0.0))
+    names = {"shift": "the shift", "behavior": "the vector over responses"}
+    for vector, models in steering.items():
+        for model, sign, what in (("m0", 1, "added to M0"), ("m1", -1, "projected out of M1")):
+            for arm in models[model]:
+                if arm["difference"] is None or arm["difference"]["low"] is None:
+                    continue
+                near = min(sign * arm["difference"]["low"], sign * arm["difference"]["high"])
+                end = f"{what}: near end of the change's interval"
+                if arm["control"]:
+                    claims.append(at_most(f"random vectors like {names[vector]} {end}", near, 0.0))
+                else:
+                    claims.append(at_least(f"{names[vector]} {end}", near, 0.0))
     return claims
 
 

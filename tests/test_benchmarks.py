@@ -251,8 +251,14 @@ def test_claims_of_training_against_probes(monkeypatch: pytest.MonkeyPatch) -> N
         },
         "cut": {name: {"value": cut} for name, cut in (("sft-probe", 0.3), ("dpo-probe", 0.7), ("dpo-ensemble", 0.7))},
         "steering": {
-            "m0": [{"difference": None}, steered(False, 0.1, 0.4), steered(True, 0.02, 0.2)],
-            "m1": [{"difference": None}, steered(False, -0.3, -0.1), steered(True, -0.1, 0.1)],
+            "behavior": {
+                "m0": [{"difference": None}, steered(False, -0.1, 0.1)],
+                "m1": [{"difference": None}, steered(False, -0.3, 0.1)],
+            },
+            "shift": {
+                "m0": [{"difference": None}, steered(False, 0.1, 0.4), steered(True, 0.02, 0.2)],
+                "m1": [{"difference": None}, steered(False, -0.3, -0.1), steered(True, -0.1, 0.1)],
+            },
         },
         "minutes": 20.0,
     }
@@ -266,9 +272,11 @@ def test_claims_of_training_against_probes(monkeypatch: pytest.MonkeyPatch) -> N
         "dpo-probe: ROC-AUC of retrained probes, share of the former": False,
         "DPO keeps more of the training probe's ROC-AUC than SFT, by": True,
         "dpo-ensemble: what it adds to the ROC-AUC kept": True,
-        "the behaviour's vector added to M0: near end of the change's interval": True,
-        "random vectors added to M0 at 0.5: near end of the change's interval": False,
-        "the behaviour's vector projected out of all layers of M1: near end of the change's interval": True,
-        "random vectors projected out of all layers of M1 at 0.5: near end of the change's interval": True,
+        "the vector over responses added to M0: near end of the change's interval": False,
+        "the vector over responses projected out of M1: near end of the change's interval": False,
+        "the shift added to M0: near end of the change's interval": True,
+        "random vectors like the shift added to M0: near end of the change's interval": False,
+        "the shift projected out of M1: near end of the change's interval": True,
+        "random vectors like the shift projected out of M1: near end of the change's interval": True,
         "minutes of the whole benchmark": True,
     }
