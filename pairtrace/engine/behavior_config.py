@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from pairtrace.engine.directions import Direction
+from pairtrace.engine.directions import direction_name
 from pairtrace.engine.rollouts import RolloutConfig
 from pairtrace.engine.vllm.options import VLLMOptions
 from pairtrace.errors import ConfigError
@@ -105,9 +103,7 @@ class BehaviorConfig:
         Raises:
             DirectionError: it cannot name a behaviour.
         """
-        name = self.name if self.name is not None else Path(self.out).stem
-        probe = np.ones((1, 1), np.float32)
-        return Direction(name=name, layer=None, values=probe, kind="vector", origin=self.out).name
+        return direction_name(self.name, self.out)
 
     @property
     def rollout_config(self) -> RolloutConfig:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pairtrace.errors import ConfigError, MissingDependencyError, StoreDamagedError, StoreError
 from pairtrace.store.dask_view import open_rows, store_identity
@@ -23,13 +23,17 @@ from pairtrace.version import __version__
 CONNECT_SECONDS = 10
 
 
+def _parts(address: str) -> SplitResult:
+    return urlsplit(address if "://" in address else f"tcp://{address}")
+
+
 def require_address(address: str) -> None:
     """Find out without a connection that an address has a host and a port, or names a scheduler in this process.
 
     Raises:
         ConfigError: it does not.
     """
-    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    parts = _parts(address)
     try:
         usable = parts.scheme == "inproc" or (parts.hostname and parts.port)
     except ValueError:  # a port that is no number
@@ -68,7 +72,7 @@ def _require_greeting(address: str) -> None:
     Raises:
         ConfigError: it does. (What refuses a connection may be about to start: that is left to the client.)
     """
-    parts = urlsplit(address if "://" in address else f"tcp://{address}")
+    parts = _parts(address)
     if parts.scheme != "tcp":
         return
     try:

@@ -102,6 +102,16 @@ class Direction:
         return hashlib.sha256(head + np.ascontiguousarray(self.values, dtype="<f4").tobytes()).hexdigest()
 
 
+def direction_name(name: str | None, out: str) -> str:
+    """The name of what goes into a file: the one that was given, or the file's stem.
+
+    Raises:
+        DirectionError: it cannot name a behaviour.
+    """
+    found = Path(out).stem if name is None else name
+    return Direction(name=found, layer=None, values=np.ones((1, 1), np.float32), kind="vector", origin=out).name
+
+
 def save_directions(
     path: str | Path,
     directions: Sequence[Direction],

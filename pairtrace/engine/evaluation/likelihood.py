@@ -44,6 +44,14 @@ class Forced:
         return len(self.ids) - self.start
 
 
+def padded_ids(rows: Sequence[Forced]) -> torch.Tensor:
+    """Token ids, int64 [B, T], padded on the right, where causal attention never looks."""
+    ids = torch.zeros((len(rows), max(len(row.ids) for row in rows)), dtype=torch.int64)
+    for number, row in enumerate(rows):
+        ids[number, : len(row.ids)] = torch.as_tensor(row.ids)
+    return ids
+
+
 def batches(rows: Sequence[Forced], token_budget: int) -> Iterator[list[int]]:
     """Positions in `rows` in batches of rows of similar length, each of at most `token_budget` tokens with padding."""
     order = sorted(range(len(rows)), key=lambda position: -len(rows[position].ids))
@@ -110,12 +118,9 @@ def divergences(model: Any, base: Any, rows: Sequence[Forced], name: str) -> lis
 def _response_logits(model: Any, rows: Sequence[Forced]) -> list[torch.Tensor]:
     """For each row the logits that predict its response tokens: [R, V]."""
     # The last token predicts nothing that is asked for.
-    width = max(len(row.ids) for row in rows) - 1
+    ids = padded_ids([Forced(ids=row.ids[:-1], start=row.start) for row in rows])
     first = min(row.start for row in rows) - 1
-    ids = torch.zeros((len(rows), width), dtype=torch.int64)
-    for number, row in enumerate(rows):
-        ids[number, : len(row.ids) - 1] = torch.as_tensor(row.ids[:-1])
-    logits = model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=width - first).logits
+    logits = model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=ids.shape[1] - first).logits
     return [logits[number, row.start - 1 - first : len(row.ids) - 1 - first] for number, row in enumerate(rows)]
 
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
-from pairtrace.engine.directions import Direction
+from pairtrace.engine.directions import direction_name
 from pairtrace.engine.probes.probe_file import ROLES, Role
 from pairtrace.errors import ConfigError
 
@@ -140,8 +137,7 @@ class ProbeTrainConfig(ExamplesConfig):
         Raises:
             DirectionError: it cannot name a behaviour.
         """
-        name = self.name if self.name is not None else Path(self.out).stem
-        return Direction(name=name, layer=None, values=np.ones((1, 1), np.float32), kind="vector", origin=self.out).name
+        return direction_name(self.name, self.out)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pairtrace.engine.evaluation.likelihood import Forced, batches
+from pairtrace.engine.evaluation.likelihood import Forced, batches, padded_ids
 from pairtrace.engine.probes.hooks import decoder_of, reading_layers
 
 
@@ -30,11 +30,9 @@ def mean_norms(model: Any, rows: Sequence[Forced], layers: Sequence[int], token_
     decoder = decoder_of(model)
     for batch in batches(rows, token_budget):
         chosen = [rows[place] for place in batch]
-        ids = torch.zeros((len(chosen), max(len(row.ids) for row in chosen)), dtype=torch.int64)
+        ids = padded_ids(chosen)
         mask = torch.zeros_like(ids, dtype=torch.bool)
         for number, row in enumerate(chosen):
-            # Padded on the right, where causal attention never looks.
-            ids[number, : len(row.ids)] = torch.as_tensor(row.ids)
             mask[number, row.start : len(row.ids)] = True
         with torch.inference_mode(), reading_layers(model, layers) as states:
             decoder(input_ids=ids.to(model.device), use_cache=False)

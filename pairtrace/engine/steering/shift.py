@@ -23,10 +23,10 @@ from pairtrace.engine.architectures import check_layers
 from pairtrace.engine.atomic import require_writable
 from pairtrace.engine.checkpoint import load_config
 from pairtrace.engine.cost import CostMeter, costs_path
-from pairtrace.engine.directions import PROMPT_END, Direction, save_directions
+from pairtrace.engine.directions import PROMPT_END, Direction, direction_name, save_directions
 from pairtrace.engine.evaluation.checkpoints import Checkpoint, PromptTokens
 from pairtrace.engine.evaluation.config import EvaluateConfig
-from pairtrace.engine.evaluation.likelihood import Forced, batches, flops_of
+from pairtrace.engine.evaluation.likelihood import Forced, batches, flops_of, padded_ids
 from pairtrace.engine.evaluation.requests import requests_of
 from pairtrace.engine.probes.hooks import decoder_of, reading_layers, require_blocks
 from pairtrace.engine.progress import NULL_PROGRESS, Progress
@@ -83,8 +83,7 @@ class ShiftConfig:
         Raises:
             DirectionError: it cannot name a vector.
         """
-        name = self.name if self.name is not None else Path(self.out).stem
-        return Direction(name=name, layer=None, values=np.ones((1, 1), np.float32), kind="vector", origin=self.out).name
+        return direction_name(self.name, self.out)
 
     @property
     def reading(self) -> EvaluateConfig:
@@ -299,13 +298,9 @@ def _prompt_ends(
     progress.start(checkpoint.name, len(rows), "requests")
     for batch in batches(rows, token_budget):
         chosen = [rows[place] for place in batch]
-        ids = torch.zeros((len(chosen), max(row.start for row in chosen)), dtype=torch.int64)
-        for number, row in enumerate(chosen):
-            # Padded on the right, where causal attention never looks.
-            ids[number, : row.start] = torch.as_tensor(row.ids)
         last = last_tokens(chosen)
         with torch.inference_mode(), reading_layers(model, layers) as states:
-            decoder(input_ids=ids.to(model.device), use_cache=False)
+            decoder(input_ids=padded_ids(chosen).to(model.device), use_cache=False)
             ends = [states[layer][torch.arange(len(chosen)), last].float().cpu().double().numpy() for layer in layers]
         stacked = np.stack(ends, axis=1)  # [B, L, D]
         if not np.isfinite(stacked).all():
